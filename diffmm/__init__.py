@@ -1,0 +1,15 @@
+"""diffmm: multi-modal masked diffusion in JAX.
+
+Rooms are imported by name (``import diffmm.diffusion``); importing the package
+itself loads nothing heavy and starts no accelerator.
+
+| room | what lives there |
+|---|---|
+| ``diffmm.data`` | vocabulary, tokenizers, row layout, packing, mixtures, sources |
+| ``diffmm.diffusion`` | schedules, masking, losses, likelihood bounds |
+| ``diffmm.models`` | layers, the bidirectional denoiser, presets, FSQ autoencoder |
+| ``diffmm.samplers`` | one generation loop, selection rules, guidance, filters |
+| ``diffmm.training`` | train state and step over a mesh, checkpoints, metrics |
+"""
+
+from diffmm.version import __version__ as __version__

@@ -1,0 +1,28 @@
+"""Networks: layers, attention, the bidirectional denoiser, presets.
+
+Modules are Flax NNX in a functional style: ``graphdef, params = nnx.split(model)`` and
+everything else in the library works on ``params`` as a plain pytree.
+"""
+
+from diffmm.models.attention import segment_mask as segment_mask
+from diffmm.models.attention import softmax_attention as softmax_attention
+from diffmm.models.layers import Attention as Attention
+from diffmm.models.layers import Norm as Norm
+from diffmm.models.layers import SwiGLU as SwiGLU
+from diffmm.models.layers import linear as linear
+from diffmm.models.layers import rms_norm as rms_norm
+from diffmm.models.layers import rotary_angles as rotary_angles
+from diffmm.models.layers import rotate as rotate
+from diffmm.models.presets import PRESETS as PRESETS
+from diffmm.models.presets import TRIMODAL_VOCABULARY_SIZE as TRIMODAL_VOCABULARY_SIZE
+from diffmm.models.presets import preset as preset
+from diffmm.models.transformer import Block as Block
+from diffmm.models.transformer import Denoiser as Denoiser
+from diffmm.models.transformer import TransformerConfig as TransformerConfig
+from diffmm.models.transformer import logical_axes as logical_axes
+from diffmm.models.transformer import num_parameters as num_parameters
+from diffmm.models.transformer import predict_fn as predict_fn
+from diffmm.models.transformer import (
+    training_flops_per_token as training_flops_per_token,
+)
+from diffmm.models.transformer import unembed as unembed

@@ -1,0 +1,189 @@
+"""Types and protocols that every room shares.
+
+Shape letters: B rows, L row length, K scored positions, V joint vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+Array = jax.Array
+ArrayLike = jax.Array | np.ndarray
+Params = Any
+
+
+class Modality(enum.IntEnum):
+    """What a position can be a target of; ``NONE`` is never a target."""
+
+    TEXT = 0
+    IMAGE = 1
+    AUDIO = 2
+    NONE = 3
+
+
+class Group(enum.IntEnum):
+    """Metric class of a position.
+
+    Closing tokens and predicted padding carry the modality of their stretch and are
+    counted apart, as ``LENGTH``; positions that are never targets are ``NONE``.
+    """
+
+    TEXT = 0
+    IMAGE = 1
+    AUDIO = 2
+    LENGTH = 3
+    NONE = 4
+
+
+NUM_MODALITIES = 3
+NUM_GROUPS = 4
+
+
+class Batch(NamedTuple):
+    """Rows of the stream; every field has a leading batch axis (or none, for one row).
+
+    Attributes:
+      tokens: int32 ``[B, L]``, clean tokens; never the mask id.
+      positions: int32 ``[B, L]``, restarting at 0 in each segment.
+      segment_ids: int32 ``[B, L]``, 0 = padding; attention stays inside a segment.
+      modality: int8 ``[B, L]``, a `Modality`.
+      maskable: bool ``[B, L]``, content that the process may mask: the denominator.
+      condition: bool ``[B, L]``, conditioning content that guidance training drops.
+      loss_weight: float32 ``[B, L]``, 1 where maskable unless the caller weights.
+      group: int8 ``[B, L]``, a `Group`.
+      task: int8 ``[B]``, index of the row template (``diffmm.data.layout.TASKS``).
+    """
+
+    tokens: ArrayLike
+    positions: ArrayLike
+    segment_ids: ArrayLike
+    modality: ArrayLike
+    maskable: ArrayLike
+    condition: ArrayLike
+    loss_weight: ArrayLike
+    group: ArrayLike
+    task: ArrayLike
+
+
+class Canvas(NamedTuple):
+    """A batch of rows to be completed; fields ``[B, L]`` as in `Batch`.
+
+    Attributes:
+      tokens: int32, prompt and boundary tokens; ``mask_id`` wherever generated.
+      positions: int32, restarting at 0 in each segment.
+      segment_ids: int32, 0 = padding.
+      modality: int8, decides which ids a generated position may take.
+      generate: bool, the positions to generate; the only authority on it.
+      condition: bool, the prompt content that an unconditional branch hides.
+    """
+
+    tokens: ArrayLike
+    positions: ArrayLike
+    segment_ids: ArrayLike
+    modality: ArrayLike
+    generate: ArrayLike
+    condition: ArrayLike
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Mask probability m(t) of diffusion time t in [0, 1], with m(0)=0, m(1)=1."""
+
+    def mask_probability(self, t: ArrayLike) -> Array:
+        """m(t), computed directly (never as 1 - alpha)."""
+        ...
+
+    def weight(self, t: ArrayLike) -> Array:
+        """The ELBO weight w(t) = m'(t) / m(t)."""
+        ...
+
+    def inverse(self, m: ArrayLike) -> Array:
+        """The time t at which m(t) equals the argument."""
+        ...
+
+
+class NllFn(Protocol):
+    """Negative log-likelihood of the clean tokens at every position, in nats."""
+
+    def __call__(self, params: Params, tokens: Array, batch: Batch) -> Array:
+        """Scores ``batch.tokens`` given the partly masked ``tokens``.
+
+        Returns float32 ``[B, L]`` of −log p(batch.tokens | tokens).
+        """
+        ...
+
+
+class PredictFn(Protocol):
+    """A denoiser as the samplers see it: a function, never a module."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        scored: Array,
+    ) -> Array:
+        """Logits at the scored positions only.
+
+        Args:
+          params: any pytree.
+          tokens: int32 ``[B, L]``.
+          positions: int32 ``[B, L]``.
+          segment_ids: int32 ``[B, L]``.
+          scored: int32 ``[B, K]``, indices into the row.
+
+        Returns:
+          float32 ``[B, K, V]``.
+        """
+        ...
+
+
+class AttentionFn(Protocol):
+    """Attention as a function of projected heads; an argument of every model."""
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        segment_ids: Array | None = None,
+    ) -> Array:
+        """Mixes values: three ``[B, L, H, K]`` to one.
+
+        ``segment_ids`` int32 ``[B, L]``: attention stays inside a segment.
+        """
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A reversible map between items (text, images, waveforms) and integer codes."""
+
+    @property
+    def name(self) -> str:
+        """Short name, for messages."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Codes lie in ``[0, vocabulary_size)``."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that changes the codes; saved in checkpoints."""
+        ...
+
+    def encode(self, item: Any) -> np.ndarray:
+        """Item to int32 codes ``[n]``."""
+        ...
+
+    def decode(self, codes: np.ndarray) -> Any:
+        """int32 codes ``[n]`` to an item."""
+        ...

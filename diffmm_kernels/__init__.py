@@ -1,0 +1,1 @@
+"""Accelerator kernels used by diffmm; depends on jax alone."""
