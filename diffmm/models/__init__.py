@@ -6,6 +6,14 @@ everything else in the library works on ``params`` as a plain pytree.
 
 from diffmm.models.attention import segment_mask as segment_mask
 from diffmm.models.attention import softmax_attention as softmax_attention
+from diffmm.models.fsq import codes_to_indices as codes_to_indices
+from diffmm.models.fsq import indices_to_codes as indices_to_codes
+from diffmm.models.fsq import quantize as quantize
+from diffmm.models.fsq_autoencoder import FSQAutoencoder as FSQAutoencoder
+from diffmm.models.fsq_autoencoder import FSQConfig as FSQConfig
+from diffmm.models.fsq_autoencoder import NumpyCodec as NumpyCodec
+from diffmm.models.fsq_autoencoder import numpy_codec as numpy_codec
+from diffmm.models.fsq_autoencoder import reconstruction_loss as reconstruction_loss
 from diffmm.models.layers import Attention as Attention
 from diffmm.models.layers import Norm as Norm
 from diffmm.models.layers import SwiGLU as SwiGLU

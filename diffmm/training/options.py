@@ -1,0 +1,49 @@
+"""Command-line flags from a frozen configuration dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from absl import flags
+
+Config = TypeVar("Config")
+
+_DEFINE: dict[str, Callable[..., Any]] = {
+    "bool": flags.DEFINE_bool,
+    "int": flags.DEFINE_integer,
+    "float": flags.DEFINE_float,
+    "str": flags.DEFINE_string,
+}
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and a line of help."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def define_flags(config_class: type[Any]) -> None:
+    """Defines one absl flag for every field of a dataclass.
+
+    Args:
+      config_class: fields annotated ``bool``, ``int``, ``float`` or ``str`` (also
+        ``| None``), made by `option`.
+
+    Raises:
+      ValueError: a field of another type.
+    """
+    for field in dataclasses.fields(config_class):
+        kind = getattr(field.type, "__name__", str(field.type)).split(" | ")[0]
+        if kind not in _DEFINE:
+            raise ValueError(f"{field.name}: no flag can hold a {field.type}")
+        _DEFINE[kind](field.name, field.default, field.metadata.get("help", ""))
+
+
+def config_from_flags(config_class: type[Config]) -> Config:
+    """The configuration that the parsed flags describe."""
+    values = {
+        field.name: getattr(flags.FLAGS, field.name)
+        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+    }
+    return config_class(**values)
