@@ -11,8 +11,12 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from diffmm.typing import Array, AttentionFn
+
+#: Name under which a checkpoint policy finds the output of an attention function.
+MIXED_VALUES = "mixed_values"
 
 _EPSILON = 1e-6
 
@@ -129,6 +133,7 @@ class Attention(nnx.Module):
             linear(x, self.value[...]),
             segment_ids=segment_ids,
         )
+        mixed_BLHK = checkpoint_name(mixed_BLHK, MIXED_VALUES)
         return linear(mixed_BLHK, self.output[...], inputs=2)
 
 

@@ -105,10 +105,8 @@ def partition_spec(axes: Axes, table: Table) -> PartitionSpec:
     Raises:
       ValueError: if a name is not in the table.
 
-    >>> partition_spec(("embed", "mlp"), FULLY_SHARDED_TENSOR_PARALLEL)
-    PartitionSpec('data', 'model')
-    >>> partition_spec((), DATA_PARALLEL)
-    PartitionSpec()
+    >>> tuple(partition_spec(("embed", "mlp"), FULLY_SHARDED_TENSOR_PARALLEL))
+    ('data', 'model')
     """
     used: set[str] = set()
     spec: list[str | tuple[str, ...] | None] = []

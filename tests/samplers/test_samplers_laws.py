@@ -78,14 +78,19 @@ def test_one_step_is_the_product_of_marginals():
     "rule",
     [
         FirstHitting(),
-        FirstHitting(schedule=Cosine()),
         FixedQuota(num_steps=4),
-        FixedQuota(num_steps=4, score=Margin()),
-        FixedQuota(num_steps=4, score=NegativeEntropy()),
         FixedQuota(num_steps=4, score=Random()),
-        FixedQuota(num_steps=4, score=Position()),
+        *(
+            pytest.param(rule, marks=pytest.mark.slow)
+            for rule in (
+                FirstHitting(schedule=Cosine()),
+                FixedQuota(num_steps=4, score=Margin()),
+                FixedQuota(num_steps=4, score=NegativeEntropy()),
+                FixedQuota(num_steps=4, score=Position()),
+                FixedQuota(num_steps=4, choice_temperature=1.0),
+            )
+        ),
     ],
-    ids=str,
 )
 def test_one_token_per_evaluation_is_exact(rule):
     result = run(rule, seed=5)
@@ -94,6 +99,7 @@ def test_one_token_per_evaluation_is_exact(rule):
     assert int(result.forwards) == 4
 
 
+@pytest.mark.slow
 def test_ancestral_on_another_schedule_follows_its_own_grid():
     # With m = sin(πt/2) and two steps a token is revealed in the first one with
     # probability 1 − sin(π/4); 4 standard errors of 4·ROWS draws are .0053.
@@ -103,6 +109,7 @@ def test_ancestral_on_another_schedule_follows_its_own_grid():
     assert p_value(toy.counts(result.tokens), toy.ancestral_law(2)) < 1e-3
 
 
+@pytest.mark.slow
 def test_many_steps_on_any_schedule_approach_the_joint():
     result = run(Ancestral(num_steps=4096, schedule=Cosine()), seed=11)
     # Two of 4 tokens share a step with probability below 6·(π/2)/4096 = .0023.
@@ -139,6 +146,7 @@ def test_blocks_keep_the_law():
     assert (order[:, :2].max(axis=1) < order[:, 2:].min(axis=1)).all()
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_committing_evaluation():
     result = run(FixedQuota(num_steps=4, score=Position()), seed=4)
     tokens = np.asarray(result.tokens)
@@ -147,6 +155,7 @@ def test_log_probabilities_are_those_of_the_committing_evaluation():
     np.testing.assert_allclose(result.logprob.sum(axis=1), joint, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_lazy_ancestral_gives_the_same_tokens_for_fewer_evaluations():
     lazy = run(Ancestral(num_steps=8, schedule=Cosine()), seed=6)
     eager = run(Ancestral(num_steps=8, schedule=Cosine(), lazy=False), seed=6)

@@ -9,7 +9,7 @@ from diffmm.data.sources.example import Example, MemorySource, check_split
 DIGIT_NAMES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
 )
-DIGIT_CAPTIONS = ("a handwritten {}", "{}", "the digit {}", "a drawing of a {}")
+DIGIT_CAPTIONS = ("a handwritten {}", "{}")
 DIGIT_SPLITS = ("train", "validation", "test")
 
 
