@@ -32,7 +32,11 @@ from diffmm.data import make_loader, validate_batch
 from diffmm.data.audio_tokenizers import LogMelUnitTokenizer
 from diffmm.data.image_tokenizers import GreyLevelTokenizer
 from diffmm.data.sources import limited, source_by_name
-from diffmm.data.text_tokenizers import ByteTokenizer
+from diffmm.data.text_tokenizers import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+)
 from diffmm.data.trimodal import SPLITS, TrimodalData, tokenise
 from diffmm.diffusion import (
     BernoulliMasking,
@@ -67,8 +71,10 @@ from diffmm.training import (
     state_shardings,
     write_result,
 )
+from diffmm.typing import Tokenizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import train_image_tokenizer
 import trimodal_evaluation
 import trimodal_report
 
@@ -85,11 +91,15 @@ class Config:
     image: str = option("digits", "digits | folder:PATH | tfds:NAME")
     audio: str = option("speech", "speech | folder:PATH | ljspeech:PATH | tfds:NAME")
     text: str = option("prose", "prose | folder:PATH | tfds:NAME")
+    text_tokenizer: str = option("bytes", "bytes | a tokenizer.json | a .model file")
+    image_tokenizer: str = option(
+        "grey", "grey (17 levels a pixel) | an autoencoder.npz of train_image_tokenizer"
+    )
     image_size: int = option(8, "images are resized to this many pixels a side")
     audio_units: int = option(256, "k-means units of the log-mel tokenizer")
     max_examples: int = option(0, "keep only so many examples a split; 0 = all")
     shares: str = option(
-        "text=0.15,t2i=0.3,i2t=0.125,t2a=0.3,a2t=0.125", "token shares of the tasks"
+        "text=0.08,t2i=0.34,i2t=0.3,t2a=0.22,a2t=0.06", "token shares of the tasks"
     )
     # Model.
     preset: str = option("trimodal-demo", "a name of diffmm.models.PRESETS")
@@ -101,16 +111,16 @@ class Config:
     )
     p_uncond: float = option(0.1, "how often a condition is hidden, for guidance")
     # Optimisation.
-    steps: int = option(1_000, "optimiser steps")
-    batch_size: int = option(48, "rows per step, over all devices")
+    steps: int = option(3_500, "optimiser steps")
+    batch_size: int = option(24, "rows per step, over all devices")
     micro_batches: int = option(1, "parts of a batch that are run one after the other")
-    learning_rate: float = option(3e-3, "peak of the cosine schedule")
+    learning_rate: float = option(5e-3, "peak of the cosine schedule")
     warmup: float = option(0.05, "fraction of the steps")
     weight_decay: float = option(0.1, "AdamW, on matrices only")
     clip: float = option(1.0, "global gradient norm")
     # Bookkeeping.
-    log_every: int = option(20, "steps between records of metrics")
-    save_every: int = option(250, "steps between checkpoints")
+    log_every: int = option(50, "steps between records of metrics")
+    save_every: int = option(700, "steps between checkpoints")
     draws: int = option(16, "Monte-Carlo draws per row of the validation bound")
     bound_rows: int = option(128, "validation rows per task for the bound")
     num_generated: int = option(200, "samples per generation task")
@@ -141,11 +151,10 @@ def load_data(config: Config) -> TrimodalData:
         }
         for modality, name in names.items()
     }
-    size = config.image_size
     clips = sources["audio"]["train"]
     tokenizers = {
-        "text": ByteTokenizer(),
-        "image": GreyLevelTokenizer(height=size, width=size),
+        "text": text_tokenizer(config),
+        "image": image_tokenizer(config),
         "audio": LogMelUnitTokenizer.fit(
             [clip.audio for clip in clips],
             sample_rate=clips[0].sample_rate,
@@ -156,8 +165,30 @@ def load_data(config: Config) -> TrimodalData:
     return tokenise(sources, tokenizers)
 
 
+def text_tokenizer(config: Config) -> Tokenizer:
+    name = config.text_tokenizer
+    if name == "bytes":
+        return ByteTokenizer()
+    if name.endswith(".json"):
+        return HuggingFaceTokenizer(name)
+    if name.endswith(".model"):
+        return SentencePieceTokenizer(name)
+    raise ValueError(f"text_tokenizer must be bytes, *.json or *.model, got {name!r}")
+
+
+def image_tokenizer(config: Config) -> Tokenizer:
+    name, size = config.image_tokenizer, config.image_size
+    if name == "grey":
+        return GreyLevelTokenizer(height=size, width=size)
+    if name.endswith(".npz"):
+        return train_image_tokenizer.load_tokenizer(name)
+    raise ValueError(f"image_tokenizer must be grey or *.npz, got {name!r}")
+
+
 def model_config(config: Config, data: TrimodalData):
     overrides = {"vocabulary_size": data.vocabulary.padded_size}
+    if preset(config.preset).num_positions:
+        overrides["num_positions"] = data.length
     if config.width:
         overrides["width"] = config.width
     if config.num_layers:

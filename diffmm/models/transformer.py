@@ -39,6 +39,8 @@ class TransformerConfig:
       head_dim: K; ``width / head_dim`` heads.
       mlp_ratio: hidden width of SwiGLU over ``width``; 2 gives 10·D² per block.
       rope_base: base of the rotary frequencies.
+      num_positions: learned absolute positions, added to the token embeddings beside
+        the rotary ones; 0 = none. Rows may not be longer then.
       compute_dtype: dtype of activations ("float32" or "bfloat16"); parameters are
         always float32 masters, and norms, softmax and logits always float32.
       remat: keep only the input of each block for the backward pass. Otherwise the
@@ -53,6 +55,7 @@ class TransformerConfig:
     head_dim: int = 128
     mlp_ratio: float = 2.0
     rope_base: float = 10_000.0
+    num_positions: int = 0
     compute_dtype: str = "float32"
     remat: bool = False
     scan: bool = True
@@ -64,6 +67,10 @@ class TransformerConfig:
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}"
                 )
+        if self.num_positions < 0:
+            raise ValueError(
+                f"num_positions must not be negative, got {self.num_positions}"
+            )
         if self.width % self.head_dim:
             raise ValueError(
                 f"width must be a multiple of head_dim, got width={self.width} and "
@@ -164,6 +171,10 @@ class Denoiser(nnx.Module):
         width = config.width
         shape = (config.vocabulary_size, width)
         self.embedding = nnx.Param(fan_in_normal(rngs.params(), shape, 1))
+        if config.num_positions:
+            self.position_embedding = nnx.Param(
+                fan_in_normal(rngs.params(), (config.num_positions, width), 1)
+            )
         self.blocks = _stacked_blocks(config, attention, rngs.params())
         self.final_norm = Norm(width)
         # N(0, 1/D²): logits start near 0, hence the loss near log V, at every width.
@@ -186,14 +197,25 @@ class Denoiser(nnx.Module):
 
         Returns:
           ``[B, L, D]``, to be multiplied by ``unembedding [D, V]``.
+
+        Raises:
+          ValueError: rows longer than ``num_positions`` of a model that has them.
         """
         config = self.config
+        if config.num_positions and tokens.shape[1] > config.num_positions:
+            raise ValueError(
+                f"tokens: rows of {tokens.shape[1]} given, the model has "
+                f"num_positions={config.num_positions}"
+            )
         if positions is None:
             positions = jnp.broadcast_to(
                 jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
             )
         angles = rotary_angles(positions, config.head_dim, config.rope_base)
-        x = self.embedding[...][tokens].astype(config.compute_dtype)
+        x = self.embedding[...][tokens]
+        if config.num_positions:
+            x = x + self.position_embedding[...][positions]
+        x = x.astype(config.compute_dtype)
         graphdef, stacked = nnx.split(self.blocks)
 
         def apply_block(x: Array, state: Any) -> tuple[Array, None]:
@@ -260,6 +282,7 @@ def predict_fn(graphdef: Any) -> PredictFn:
 
 _LOGICAL_AXES = {
     "embedding": ("vocab", "embed"),
+    "position_embedding": ("sequence", "embed"),
     "unembedding": ("embed", "vocab"),
     "blocks/attention/query": ("layers", "embed", "heads", "head_dim"),
     "blocks/attention/key": ("layers", "embed", "heads", "head_dim"),

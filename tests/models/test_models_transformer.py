@@ -210,8 +210,22 @@ def test_bfloat16_compute_keeps_float32_masters_and_logits(model):
     )
 
 
-def test_every_parameter_has_named_axes(model):
-    params = model.params
+def test_learned_positions_tell_places_apart_and_bound_the_length():
+    config = dataclasses.replace(CONFIG, num_positions=6)
+    positioned = Compiled(build(config))
+    same = jnp.zeros((1, 6), jnp.int32)
+    logits = positioned(same)
+    # Without them a constant row looks the same from every place.
+    assert float(jnp.abs(logits[0, 0] - logits[0, 5]).max()) > 1e-2
+    with pytest.raises(ValueError, match="num_positions=6"):
+        positioned(jnp.zeros((1, 7), jnp.int32))
+    with pytest.raises(ValueError, match="num_positions"):
+        dataclasses.replace(CONFIG, num_positions=-1)
+
+
+def test_every_parameter_has_named_axes():
+    config = dataclasses.replace(CONFIG, num_positions=6)
+    params = Compiled(build(config)).params
     axes = named_leaves_of_axes(logical_axes(params))
     for name, leaf in named_leaves(params).items():
         assert len(axes[name]) == leaf.ndim, name
