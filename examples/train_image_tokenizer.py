@@ -38,7 +38,7 @@ from PIL import Image
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.svm import SVC
 
-from diffmm.data.image_tokenizers import CallableImageTokenizer
+from diffmm.data import CallableImageTokenizer
 from diffmm.data.sources import digits_source
 from diffmm.models import (
     FSQAutoencoder,
@@ -53,11 +53,13 @@ from diffmm.training import (
     MetricsWriter,
     Progress,
     check_finite,
+    config_from_flags,
+    define_flags,
     init_state,
     make_train_step,
+    option,
     write_result,
 )
-from diffmm.training.options import config_from_flags, define_flags, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,16 +28,19 @@ import optax
 from absl import app, logging
 from flax import nnx
 
-from diffmm.data import make_loader, validate_batch
-from diffmm.data.audio_tokenizers import LogMelUnitTokenizer
-from diffmm.data.image_tokenizers import GreyLevelTokenizer
-from diffmm.data.sources import limited, source_by_name
-from diffmm.data.text_tokenizers import (
+from diffmm.data import (
     ByteTokenizer,
+    GreyLevelTokenizer,
     HuggingFaceTokenizer,
+    LogMelUnitTokenizer,
     SentencePieceTokenizer,
+    TrimodalData,
+    make_loader,
+    tokenise,
+    validate_batch,
 )
-from diffmm.data.trimodal import SPLITS, TrimodalData, tokenise
+from diffmm.data.sources import limited, source_by_name
+from diffmm.data.trimodal import SPLITS
 from diffmm.diffusion import (
     BernoulliMasking,
     bits_per_token,

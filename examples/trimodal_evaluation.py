@@ -17,8 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from diffmm.data import infill, read_target, stack
-from diffmm.data.trimodal import Pairs, TrimodalData
+from diffmm.data import TrimodalData, infill, read_target, stack
+from diffmm.data.trimodal import Pairs
 from diffmm.diffusion import likelihood_bound
 from diffmm.models import predict_fn
 from diffmm.samplers import (

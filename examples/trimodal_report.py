@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import soundfile
 
-from diffmm.data.trimodal import TrimodalData
+from diffmm.data import TrimodalData
 from diffmm.training import read_metrics
 
 TASK_TITLES = {

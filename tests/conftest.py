@@ -21,3 +21,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True, scope="session")
 def _parsed_absl_flags():
     flags.FLAGS.mark_as_parsed()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of an accelerator are skipped unless JAX_PLATFORMS asks for it."""
+    platforms = os.environ["JAX_PLATFORMS"]
+    for item in items:
+        for marker, platform in (("gpu", "cuda"), ("tpu", "tpu")):
+            if item.get_closest_marker(marker) and platform not in platforms:
+                reason = f"needs a {marker.upper()}: run with JAX_PLATFORMS={platform}"
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -9,6 +9,8 @@ task tokens in front, boundary tokens around each modality, packed text, padded 
 This room computes with NumPy only; it starts no accelerator.
 """
 
+from diffmm.data.audio_tokenizers import LogMelUnitTokenizer as LogMelUnitTokenizer
+from diffmm.data.audio_tokenizers import MuLawTokenizer as MuLawTokenizer
 from diffmm.data.canvases import canvas as canvas
 from diffmm.data.canvases import infill as infill
 from diffmm.data.canvases import read_target as read_target
@@ -17,6 +19,12 @@ from diffmm.data.counts import TokenCounts as TokenCounts
 from diffmm.data.counts import add_counts as add_counts
 from diffmm.data.counts import realised_shares as realised_shares
 from diffmm.data.counts import token_counts as token_counts
+from diffmm.data.image_tokenizers import (
+    CallableImageTokenizer as CallableImageTokenizer,
+)
+from diffmm.data.image_tokenizers import GreyLevelTokenizer as GreyLevelTokenizer
+from diffmm.data.joined import JoinedRows as JoinedRows
+from diffmm.data.joined import join as join
 from diffmm.data.layout import Geometry as Geometry
 from diffmm.data.layout import RowLayout as RowLayout
 from diffmm.data.mixture import Draw as Draw
@@ -36,6 +44,11 @@ from diffmm.data.rows import TextRows as TextRows
 from diffmm.data.templates import TASKS as TASKS
 from diffmm.data.templates import TEMPLATES as TEMPLATES
 from diffmm.data.templates import BadExampleError as BadExampleError
+from diffmm.data.text_tokenizers import ByteTokenizer as ByteTokenizer
+from diffmm.data.text_tokenizers import HuggingFaceTokenizer as HuggingFaceTokenizer
+from diffmm.data.text_tokenizers import SentencePieceTokenizer as SentencePieceTokenizer
+from diffmm.data.trimodal import TrimodalData as TrimodalData
+from diffmm.data.trimodal import tokenise as tokenise
 from diffmm.data.validate import validate_batch as validate_batch
 from diffmm.data.vocabulary import SPECIALS as SPECIALS
 from diffmm.data.vocabulary import TRIMODAL as TRIMODAL

@@ -60,5 +60,15 @@ def softmax_attention(
     )
     if segment_ids is not None:
         scores_BHQS = jnp.where(segment_mask(segment_ids), scores_BHQS, _MASKED_SCORE)
-    weights_BHQS = jax.nn.softmax(scores_BHQS, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqs,bhsk->bhqk", weights_BHQS, value_BHSK).swapaxes(1, 2)
+    # Mixed first and divided last: K numbers to divide per query instead of S. The
+    # result does not depend on the maximum, hence neither does the gradient.
+    peak_BHQ1 = jax.lax.stop_gradient(scores_BHQS.max(axis=-1, keepdims=True))
+    weights_BHQS = jnp.exp(scores_BHQS - peak_BHQ1)
+    total_BHQ1 = weights_BHQS.sum(axis=-1, keepdims=True)
+    mixed_BHQK = jnp.einsum(
+        "bhqs,bhsk->bhqk",
+        weights_BHQS.astype(value.dtype),
+        value_BHSK,
+        preferred_element_type=jnp.float32,
+    )
+    return (mixed_BHQK / total_BHQ1).astype(value.dtype).swapaxes(1, 2)

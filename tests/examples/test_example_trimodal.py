@@ -40,7 +40,8 @@ def test_train_resume_score_and_report(example, tmp_path, capsys):
     for groups in result["figures"]["bits_per_token"].values():
         for entry in groups.values():
             assert np.isfinite(entry["value"])
-            assert entry["monte_carlo_error"] > 0
+            # A group of a few tokens can be masked in no draw or in all alike.
+            assert entry["monte_carlo_error"] > 0 or entry["tokens"] < 32
     report = (tmp_path / "run" / "report.html").read_text()
     assert "src='http" not in report  # self-contained
     assert report.count("<audio") >= 8
