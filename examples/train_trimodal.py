@@ -116,6 +116,7 @@ class Config:
     # Optimisation.
     steps: int = option(3_500, "optimiser steps")
     batch_size: int = option(24, "rows per step, over all devices")
+    chunk: int = option(8_192, "positions whose logits exist at once in the loss")
     micro_batches: int = option(1, "parts of a batch that are run one after the other")
     learning_rate: float = option(5e-3, "peak of the cosine schedule")
     warmup: float = option(0.05, "fraction of the steps")
@@ -199,7 +200,7 @@ def model_config(config: Config, data: TrimodalData):
     return preset(config.preset, **overrides)
 
 
-def make_nll(graphdef, mask_id: int):
+def make_nll(graphdef, mask_id: int, chunk: int | None = None):
     """−log p(clean token) at every position; the mask itself is no outcome."""
 
     def nll(params, tokens, batch):
@@ -207,7 +208,9 @@ def make_nll(graphdef, mask_id: int):
         hidden = model.hidden(tokens, batch.positions, batch.segment_ids)
         unembedding = model.unembedding[...]
         excluded = np.arange(unembedding.shape[1]) == mask_id
-        return cross_entropy(hidden, unembedding, batch.tokens, excluded=excluded)
+        return cross_entropy(
+            hidden, unembedding, batch.tokens, excluded=excluded, chunk_size=chunk
+        )
 
     return nll
 
@@ -252,7 +255,12 @@ def train(config: Config) -> dict:
     data = load_data(config)
     shares = parse_shares(config.shares)
     loader = make_loader(
-        data.rows("train"), shares, batch_size=config.batch_size, seed=config.seed
+        data.rows("train"),
+        shares,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     mask_id = data.vocabulary.mask_id
 
@@ -265,7 +273,7 @@ def train(config: Config) -> dict:
         times="segment",
         p_uncond=config.p_uncond,
     )
-    nll = make_nll(graphdef, mask_id)
+    nll = make_nll(graphdef, mask_id, config.chunk)
 
     def loss_fn(params, batch, key, rows, num_rows):
         loss, metrics = diffusion_loss(

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -364,8 +365,9 @@ print("full")
 
 def test_full_disk(tmp_path):
     """A real full file system, in a mount name space of its own."""
-    command = f'mount -t tmpfs -o size=2m tmpfs {tmp_path} && exec {sys.executable} -c "$CODE" {tmp_path}/run'  # noqa: E501
-    probe = f"mount -t tmpfs -o size=2m tmpfs {tmp_path}"
+    python, folder = shlex.quote(sys.executable), shlex.quote(str(tmp_path))
+    probe = f"mount -t tmpfs -o size=2m tmpfs {folder}"
+    command = f'{probe} && exec {python} -c "$CODE" {folder}/run'
     unshare = shutil.which("unshare")
     if (
         unshare is None
