@@ -216,11 +216,9 @@ def make_nll(graphdef, mask_id: int, chunk: int | None = None):
 
 
 def make_optimizer(config: Config):
+    warmup = round(config.warmup * config.steps)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        max(round(config.warmup * config.steps), 1),
-        config.steps,
+        0.0, config.learning_rate, warmup, max(config.steps, warmup + 1)
     )
     adamw = optax.adamw(
         schedule,
