@@ -8,7 +8,7 @@ k-means of the patches, with as many codes, is the baseline.
 
     python examples/train_image_tokenizer.py --workdir=runs/image_tokenizer
 
-About 1 minute on 2 CPU cores. Expected: PSNR at least 27 dB on held-out digits, and a
+About 2 minutes on 2 CPU cores. Expected: PSNR at least 27 dB on held-out digits, and a
 judge no more than 2 points less accurate than on the digits themselves. A run that was
 killed continues where it stopped. Writes `reconstructions.png`, and `autoencoder.npz`,
 which `load_tokenizer` reads back:

@@ -37,7 +37,7 @@ SOURCE = {"t2i": "image", "i2t": "image", "t2a": "audio", "a2t": "audio"}
 
 # Of orders (confidence, entropy, random), guidance scales (1, 2, 3.5) and temperatures
 # (0.7, 1), random order at scale 2 and temperature 0.7 was judged best for images and
-# for speech, with other random keys than the ones used here.
+# for speech in one small sweep, with other random keys than the ones used here.
 _GENERATE = (
     FixedQuota(num_steps=32, score=Random()),
     Settings(temperature=0.7, guidance_scale=2.0),

@@ -39,7 +39,7 @@ def softmax_attention(
     """Bidirectional softmax attention, ``softmax(q kᵀ / sqrt(K)) v`` per segment.
 
     Scores and softmax are float32 whatever the compute dtype. Heads lead the batched
-    products, the layout in which XLA's CPU and GPU matrix products are fastest.
+    products, so that each is over contiguous matrices.
 
     Args:
       query: ``[B, L, H, K]``.

@@ -30,8 +30,8 @@ def linear(x: Array, kernel: Array, *, inputs: int = 1) -> Array:
     """Contracts the last ``inputs`` axes of ``x`` with the first of ``kernel``.
 
     The product is taken between two matrices, all other axes flattened: XLA's CPU
-    backend computes the weight gradient of a product with several row axes about
-    twice as slowly, and other backends are indifferent.
+    backend is markedly slower at the weight gradient of a product with several row
+    axes.
 
     Args:
       x: ``[..., *inputs]``.

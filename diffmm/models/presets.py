@@ -26,7 +26,7 @@ _PRESETS = {
     # The default run on two CPU cores; the vocabulary is replaced by the data's own.
     # Rows are about a hundred tokens long: a rotary base of 10,000 would leave most
     # frequencies without a turn, and reading a picture needs absolute places, which
-    # learned positions give at once (captions are learnt in half the steps).
+    # learned positions give at once.
     "trimodal-demo": TransformerConfig(
         vocabulary_size=1_024,
         width=96,

@@ -97,7 +97,7 @@ class TransformerConfig:
 # What the backward pass keeps of a block: results of products with weights, and the
 # mixed values of attention. Norms, rotations, gates and attention weights are cheap to
 # compute again and expensive to write and read: without a policy a scan stores every
-# intermediate of every layer, which on CPU takes a third longer than this.
+# intermediate of every layer, which is larger and, on CPU, slower.
 _save_matrix_products = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(MIXED_VALUES),
