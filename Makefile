@@ -48,6 +48,7 @@ benchmarks: $(VENV)/test.stamp
 	@$(RUN) -m pip install --quiet torch
 	@$(RUN) benchmarks/train_step.py
 	@$(RUN) benchmarks/data_pipeline.py
+	@$(RUN) benchmarks/optimizer.py
 
 clean:
 	@rm -rf $(VENV) runs dist build

@@ -10,7 +10,7 @@ PIP = ("-m", "pip", "install", "--quiet", "--no-deps")
 CHECK = """
 import sys
 import diffmm, diffmm.data, diffmm.diffusion, diffmm.models, diffmm.samplers
-import diffmm.training, diffmm_kernels
+import diffmm.optim, diffmm.parameterisation, diffmm.training, diffmm_kernels
 assert "site" in diffmm.__file__, diffmm.__file__
 print("wheel of diffmm", diffmm.__version__, "imports from", diffmm.__file__)
 """

@@ -18,7 +18,13 @@ from absl import app, logging
 
 from diffmm.data import make_loader
 from diffmm.models import preset
-from diffmm.training import config_from_flags, define_flags, option, write_result
+from diffmm.training import (
+    config_from_flags,
+    define_flags,
+    option,
+    parse_flags,
+    write_result,
+)
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
@@ -39,9 +45,11 @@ def run(config: Config) -> dict:
     demo = train_trimodal.Config()
     data = train_trimodal.load_data(demo)
     shares = train_trimodal.parse_shares(demo.shares)
-    loader = make_loader(data.rows("train"), shares, batch_size=demo.batch_size, seed=0)
-    tokens = demo.batch_size * data.length
-    step_config = train_step.Config(rows=demo.batch_size, length=data.length)
+    loader = make_loader(
+        data.rows("train"), shares, batch_size=demo.physical_batch, seed=0
+    )
+    tokens = demo.physical_batch * data.length
+    step_config = train_step.Config(rows=demo.physical_batch, length=data.length)
     shape = preset(demo.preset, vocabulary_size=data.vocabulary.padded_size)
     compiled, state, batch, _ = train_step.build(step_config, shape)
 
@@ -76,4 +84,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     define_flags(Config)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

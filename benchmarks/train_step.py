@@ -37,6 +37,7 @@ from diffmm.training import (
     init_state,
     make_train_step,
     option,
+    parse_flags,
     write_result,
 )
 from diffmm.typing import Batch
@@ -230,4 +231,4 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     define_flags(Config)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

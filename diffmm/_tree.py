@@ -23,7 +23,9 @@ def path_name(path: tuple[Any, ...]) -> str:
                 break
         else:
             parts.append(str(entry))
-    if parts and parts[-1] in ("value", "raw_value"):
+    # An attribute only: a dictionary's key "value" is the leaf's own name.
+    is_attribute = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey)
+    if is_attribute and parts[-1] in ("value", "raw_value"):
         parts.pop()
     return "/".join(parts)
 

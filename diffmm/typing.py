@@ -5,6 +5,7 @@ Shape letters: B rows, L row length, K scored positions, V joint vocabulary, D w
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -187,3 +188,35 @@ class Tokenizer(Protocol):
     def decode(self, codes: np.ndarray) -> Any:
         """int32 codes ``[n]`` to an item."""
         ...
+
+
+#: A factor: one number, or one per layer, shaped ``[layers, 1, ...]`` to broadcast
+#: against a leaf whose layers are stacked.
+Factor = float | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Multiplier:
+    """What one parameter leaf's hyper-parameters are multiplied by.
+
+    Parameterisations make them, optimisers apply them; between the two they travel as
+    ``{name of the leaf: Multiplier}``. Not a pytree: a mapping of them is static data.
+
+    Attributes:
+      init_variance: of the initial values.
+      forward: what the product with this leaf is multiplied by in the model.
+      learning_rate: of the peak and hence of the whole schedule.
+      eps: AdamW's ε, outside the root (``eps_root`` takes the square).
+      weight_decay: of λ in the learning-rate-coupled form ``θ −= η λ θ``; decay that
+        is independent of the learning rate takes ``learning_rate · weight_decay``.
+      b1: of the rate at which the first moment forgets, −ln β₁ or 1 − β₁.
+      b2: the same for the second moment.
+    """
+
+    init_variance: Factor = 1.0
+    forward: Factor = 1.0
+    learning_rate: Factor = 1.0
+    eps: Factor = 1.0
+    weight_decay: Factor = 1.0
+    b1: Factor = 1.0
+    b2: Factor = 1.0

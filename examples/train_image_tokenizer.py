@@ -58,6 +58,7 @@ from diffmm.training import (
     init_state,
     make_train_step,
     option,
+    parse_flags,
     write_result,
 )
 
@@ -298,4 +299,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(Config)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

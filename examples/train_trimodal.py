@@ -24,7 +24,6 @@ import time
 
 import jax
 import numpy as np
-import optax
 from absl import app, logging
 from flax import nnx
 
@@ -56,6 +55,7 @@ from diffmm.models import (
     preset,
     training_flops_per_token,
 )
+from diffmm.optim import TRIMODAL_HORIZON, averaged_params
 from diffmm.training import (
     DATA_PARALLEL,
     Checkpointer,
@@ -70,6 +70,7 @@ from diffmm.training import (
     make_mesh,
     make_train_step,
     option,
+    parse_flags,
     shard_batch,
     state_shardings,
     write_result,
@@ -79,6 +80,7 @@ from diffmm.typing import Tokenizer
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import train_image_tokenizer
 import trimodal_evaluation
+import trimodal_optimizer
 import trimodal_report
 
 GROUPS = ("text", "image", "audio", "length")
@@ -113,15 +115,24 @@ class Config:
         "linear", "linear | polyP | cosine | cosine_mdlm | geometric"
     )
     p_uncond: float = option(0.1, "how often a condition is hidden, for guidance")
-    # Optimisation.
-    steps: int = option(3_500, "optimiser steps")
-    batch_size: int = option(24, "rows per step, over all devices")
+    # Optimisation. Hyper-parameters are those of the base, and are carried over.
+    base_width: int = option(0, "width of the model they were tuned on; 0 = the run's")
+    base_num_layers: int = option(0, "its layers; 0 = the run's")
+    base_batch: int = option(24, "rows per step of the run they were tuned on")
+    base_steps: int = option(3_500, "steps of that run")
+    steps: int = option(3_500, "length of this run, in steps of base_batch rows")
+    physical_batch: int = option(24, "rows per step of this run, over all devices")
+    logical_batch: int = option(
+        0, "rows at which they are right; 0 = base_batch (steps / base_steps)^horizon"
+    )
+    horizon: float = option(TRIMODAL_HORIZON, "how the logical batch grows with length")
     chunk: int = option(8_192, "positions whose logits exist at once in the loss")
     micro_batches: int = option(1, "parts of a batch that are run one after the other")
     learning_rate: float = option(5e-3, "peak of the cosine schedule")
-    warmup: float = option(0.05, "fraction of the steps")
-    weight_decay: float = option(0.1, "AdamW, on matrices only")
+    warmup: float = option(0.05, "fraction of the run")
+    weight_decay: float = option(0.1, "AdamW, on matrices only, times learning rate")
     clip: float = option(1.0, "global gradient norm")
+    ema: float = option(0.0, "decay per step of averaged weights, sampled from; 0 = no")
     # Bookkeeping.
     log_every: int = option(50, "steps between records of metrics")
     save_every: int = option(700, "steps between checkpoints")
@@ -215,21 +226,6 @@ def make_nll(graphdef, mask_id: int, chunk: int | None = None):
     return nll
 
 
-def make_optimizer(config: Config):
-    warmup = round(config.warmup * config.steps)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(config.steps, warmup + 1)
-    )
-    adamw = optax.adamw(
-        schedule,
-        b1=0.9,
-        b2=0.95,
-        weight_decay=config.weight_decay,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
-    )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
-
-
 def summarise(records: list[dict], seconds: float, config: Config) -> dict:
     """Means over the steps since the last record, as they are logged."""
     total = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *records)
@@ -240,7 +236,7 @@ def summarise(records: list[dict], seconds: float, config: Config) -> dict:
         "grad_norm": float(total["grad_norm"]) / len(records),
         "bits": dict(zip(GROUPS, bits.tolist(), strict=True)),
         "bits_by_time": by_time.tolist(),
-        "rows_per_second": len(records) * config.batch_size / seconds,
+        "rows_per_second": len(records) * config.physical_batch / seconds,
     }
 
 
@@ -255,7 +251,7 @@ def train(config: Config) -> dict:
     loader = make_loader(
         data.rows("train"),
         shares,
-        batch_size=config.batch_size,
+        batch_size=config.physical_batch,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -263,7 +259,9 @@ def train(config: Config) -> dict:
     mask_id = data.vocabulary.mask_id
 
     # Model and loss.
-    shape = model_config(config, data)
+    plan = trimodal_optimizer.make_plan(config, model_config(config, data))
+    plan.save(workdir)
+    shape, num_steps = plan.shape, plan.num_steps
     model = Denoiser(shape, rngs=nnx.Rngs(config.seed))
     graphdef, params = nnx.split(model)
     process = BernoulliMasking(
@@ -287,7 +285,7 @@ def train(config: Config) -> dict:
         return loss, metrics._asdict()
 
     # State and step, over all devices of the machine.
-    optimizer = make_optimizer(config)
+    optimizer = plan.optimizer()
     mesh = make_mesh()
     state = init_state(params, optimizer, jax.random.key(config.seed))
     placement = state_shardings(mesh, state, logical_axes(params), DATA_PARALLEL)
@@ -309,23 +307,24 @@ def train(config: Config) -> dict:
         logging.info("continuing from step %d", restored.step)
     first = int(state.step)
 
-    tokens_per_step = config.batch_size * data.length
+    tokens_per_step = config.physical_batch * data.length
     print(
         f"{num_parameters(params):,} parameters, vocabulary {data.vocabulary.size}, "
-        f"rows of {data.length} tokens, {config.steps} steps of {config.batch_size} "
-        f"rows, {training_flops_per_token(shape, data.length):,} FLOPs per token"
+        f"rows of {data.length} tokens, {num_steps} steps of {config.physical_batch} "
+        f"rows, {training_flops_per_token(shape, data.length):,} FLOPs per token\n"
+        f"{plan}"
     )
     writer = MetricsWriter(workdir, start_step=first, tensorboard=config.tensorboard)
-    progress = Progress(config.steps, start_step=first)
+    progress = Progress(num_steps, start_step=first)
     records, last_good, clock = [], first, time.perf_counter()
     with GracefulShutdown() as shutdown:
-        for step in range(first + 1, config.steps + 1):
+        for step in range(first + 1, num_steps + 1):
             batch = next(loader)
             if step == first + 1:
                 validate_batch(batch, data.vocabulary)
             state, metrics = step_fn(state, shard_batch(batch, mesh))
             records.append(metrics)
-            ending = step == config.steps or shutdown.requested
+            ending = step == num_steps or shutdown.requested
             saving = ending or step % config.save_every == 0
             if saving or step % config.log_every == 0:
                 records = jax.device_get(records)
@@ -354,16 +353,19 @@ def train(config: Config) -> dict:
     writer.close()
     checkpoints.close()
     loader.close()
-    if int(state.step) < config.steps:
+    if int(state.step) < num_steps:
         print(f"stopped at step {int(state.step)}; the same command continues")
         return {}
     trained = time.perf_counter() - started
 
     # Scores, samples, report.
+    trained_params = state.params
+    if plan.hyper.ema is not None:
+        trained_params = averaged_params(state.opt_state, like=state.params)
     figures, artifacts = trimodal_evaluation.evaluate(
         data,
         graphdef,
-        state.params,
+        trained_params,
         nll,
         seed=config.seed,
         draws=config.draws,
@@ -375,7 +377,7 @@ def train(config: Config) -> dict:
         "total": time.perf_counter() - started,
     }
     figures["parameters"] = num_parameters(params)
-    figures["steps"] = config.steps
+    figures["steps"] = num_steps
     accuracy = figures["accuracy"]
     expected = {task: {"share_of_ceiling": ">= 0.85"} for task in accuracy}
     ok = all(scores["share_of_ceiling"] >= 0.85 for scores in accuracy.values())
@@ -406,4 +408,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(Config)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "data": set(),
     "diffusion": set(),
     "models": set(),
+    "optim": set(),
+    "parameterisation": set(),
     "samplers": {"diffusion"},
     "training": set(),
     "typing": set(),
@@ -26,7 +28,7 @@ HEAVY = ("tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "librosa"
 # Third-party packages that only the named rooms may import at module level.
 RESERVED = {
     "flax": {"models"},
-    "optax": {"training"},
+    "optax": {"optim", "training"},
     "orbax": {"training"},
     "grain": {"data", "training"},
 }
@@ -87,6 +89,8 @@ def test_third_party_packages_stay_in_their_rooms():
         ("import diffmm", ("jax", "flax", *HEAVY)),
         ("import diffmm.diffusion, diffmm.samplers", ("flax", "grain", *HEAVY)),
         ("import diffmm.data", ("flax", *HEAVY)),
+        ("import diffmm.parameterisation", ("flax", "optax", "orbax", "grain", *HEAVY)),
+        ("import diffmm.optim", ("flax", "orbax", "grain", *HEAVY)),
         ("import diffmm.models, diffmm.training", HEAVY),
     ],
 )

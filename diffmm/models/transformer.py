@@ -41,6 +41,10 @@ class TransformerConfig:
       rope_base: base of the rotary frequencies.
       num_positions: learned absolute positions, added to the token embeddings beside
         the rotary ones; 0 = none. Rows may not be longer then.
+      attention_residual: what the attention branch is multiplied by before it joins
+        the residual stream, for all layers or one number per layer: 1, or
+        m_depth^-α under CompleteP.
+      mlp_residual: the same of the feed-forward branch.
       compute_dtype: dtype of activations ("float32" or "bfloat16"); parameters are
         always float32 masters, and norms, softmax and logits always float32.
       remat: keep only the input of each block for the backward pass. Otherwise the
@@ -56,6 +60,8 @@ class TransformerConfig:
     mlp_ratio: float = 2.0
     rope_base: float = 10_000.0
     num_positions: int = 0
+    attention_residual: float | tuple[float, ...] = 1.0
+    mlp_residual: float | tuple[float, ...] = 1.0
     compute_dtype: str = "float32"
     remat: bool = False
     scan: bool = True
@@ -85,6 +91,13 @@ class TransformerConfig:
                 "compute_dtype must be 'float32', 'bfloat16' or 'float16', got "
                 f"{self.compute_dtype!r}"
             )
+        for name in ("attention_residual", "mlp_residual"):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, list)) and len(value) != self.num_layers:
+                raise ValueError(
+                    f"{name} needs one number for each of num_layers="
+                    f"{self.num_layers}, got {len(value)}"
+                )
         if self.mlp_hidden < 1:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
 
@@ -92,6 +105,14 @@ class TransformerConfig:
     def mlp_hidden(self) -> int:
         """F, the hidden width of the feed-forward layer."""
         return round(self.width * self.mlp_ratio)
+
+    def residuals(self) -> Array | None:
+        """Multipliers of both branches ``[num_layers, 2]``; None if all are 1."""
+        pair = (self.attention_residual, self.mlp_residual)
+        if pair == (1.0, 1.0):
+            return None
+        columns = [jnp.broadcast_to(jnp.asarray(x), self.num_layers) for x in pair]
+        return jnp.stack(columns, axis=1).astype(self.compute_dtype)
 
 
 # What the backward pass keeps of a block: results of products with weights, and the
@@ -118,11 +139,17 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(width, config.mlp_hidden, rngs=rngs)
 
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], segment_ids: Array | None
+        self,
+        x: Array,
+        angles: tuple[Array, Array],
+        segment_ids: Array | None,
+        residuals: Array | None = None,
     ) -> Array:
-        """``[B, L, D]`` to ``[B, L, D]``."""
-        x = x + self.attention(self.attention_norm(x), angles, segment_ids)
-        return x + self.mlp(self.mlp_norm(x))
+        """``[B, L, D]`` to ``[B, L, D]``; ``residuals [2]`` multiply the branches."""
+        mixed = self.attention(self.attention_norm(x), angles, segment_ids)
+        x = x + (mixed if residuals is None else residuals[0] * mixed)
+        hidden = self.mlp(self.mlp_norm(x))
+        return x + (hidden if residuals is None else residuals[1] * hidden)
 
 
 def _stacked_blocks(
@@ -218,18 +245,20 @@ class Denoiser(nnx.Module):
         x = x.astype(config.compute_dtype)
         graphdef, stacked = nnx.split(self.blocks)
 
-        def apply_block(x: Array, state: Any) -> tuple[Array, None]:
-            return nnx.merge(graphdef, state)(x, angles, segment_ids), None
+        def apply_block(x: Array, layer: Any) -> tuple[Array, None]:
+            state, residuals = layer
+            return nnx.merge(graphdef, state)(x, angles, segment_ids, residuals), None
 
         apply_block = jax.checkpoint(
             apply_block, policy=None if config.remat else _save_matrix_products
         )
+        layers = (stacked, config.residuals())
         if config.scan:
-            x, _ = jax.lax.scan(apply_block, x, stacked)
+            x, _ = jax.lax.scan(apply_block, x, layers)
         else:
-            for layer in range(config.num_layers):
+            for index in range(config.num_layers):
                 x, _ = apply_block(
-                    x, jax.tree.map(lambda leaf, i=layer: leaf[i], stacked)
+                    x, jax.tree.map(lambda leaf, i=index: leaf[i], layers)
                 )
         return self.final_norm(x)
 

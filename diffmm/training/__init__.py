@@ -31,8 +31,10 @@ from diffmm.training.metrics import read_metrics as read_metrics
 from diffmm.training.options import config_from_flags as config_from_flags
 from diffmm.training.options import define_flags as define_flags
 from diffmm.training.options import option as option
+from diffmm.training.options import parse_flags as parse_flags
 from diffmm.training.results import environment as environment
 from diffmm.training.results import to_jsonable as to_jsonable
+from diffmm.training.results import write_atomically as write_atomically
 from diffmm.training.results import write_result as write_result
 from diffmm.training.sharding import DATA_PARALLEL as DATA_PARALLEL
 from diffmm.training.sharding import FULLY_SHARDED as FULLY_SHARDED

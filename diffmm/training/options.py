@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from absl import flags
+from absl import app, flags
 
 Config = TypeVar("Config")
 
@@ -38,6 +38,27 @@ def define_flags(config_class: type[Any]) -> None:
         if kind not in _DEFINE:
             raise ValueError(f"{field.name}: no flag can hold a {field.type}")
         _DEFINE[kind](field.name, field.default, field.metadata.get("help", ""))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses a command line, for ``app.run(main, flags_parser=parse_flags)``.
+
+    ``--physical-batch=8`` is the same as ``--physical_batch=8``.
+
+    Args:
+      argv: the command line with the program's name.
+
+    Returns:
+      The program's name and what is not a flag.
+    """
+    return app.parse_flags_with_usage([argv[0], *map(_with_underscores, argv[1:])])
+
+
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def config_from_flags(config_class: type[Config]) -> Config:

@@ -8,7 +8,10 @@ import pytest
 TINY = {
     "width": 64,
     "num_layers": 1,
-    "batch_size": 4,
+    "physical_batch": 4,
+    "base_batch": 4,
+    "base_steps": 8,
+    "ema": 0.5,
     "max_examples": 40,
     "audio_units": 16,
     "num_generated": 4,

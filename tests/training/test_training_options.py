@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from absl import flags
 
-from diffmm.training import config_from_flags, define_flags, option
+from diffmm.training import config_from_flags, define_flags, option, parse_flags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,3 +31,10 @@ def test_a_field_that_no_flag_holds_is_refused():
 
     with pytest.raises(ValueError, match="shape"):
         define_flags(Odd)
+
+
+def test_dashes_and_underscores_name_the_same_flag():
+    flags.DEFINE_integer("options_test_batch", 1, "rows")
+    rest = parse_flags(["program", "--options-test-batch=8", "left-alone"])
+    assert flags.FLAGS.options_test_batch == 8
+    assert rest == ["program", "left-alone"]
