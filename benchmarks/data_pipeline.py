@@ -14,15 +14,11 @@ import statistics
 import sys
 import time
 
-from absl import app, logging
-
 from diffmm.data import make_loader
 from diffmm.models import preset
 from diffmm.training import (
-    config_from_flags,
-    define_flags,
     option,
-    parse_flags,
+    run_from_flags,
     write_result,
 )
 
@@ -77,11 +73,5 @@ def run(config: Config) -> dict:
     return write_result(config.workdir, "data_pipeline", figures, expected, ratio >= 5)
 
 
-def main(_) -> None:
-    logging.set_verbosity(logging.WARNING)
-    run(config_from_flags(Config))
-
-
 if __name__ == "__main__":
-    define_flags(Config)
-    app.run(main, flags_parser=parse_flags)
+    run_from_flags(Config, run)

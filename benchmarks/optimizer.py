@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, logging
 from flax import nnx
 
 from diffmm._tree import map_with_name
@@ -32,10 +31,8 @@ from diffmm.optim.adamw import adamw, mask_by_name
 from diffmm.optim.hyperparameters import AdamW
 from diffmm.parameterisation import CompletedP, evaluate, infer
 from diffmm.training import (
-    config_from_flags,
-    define_flags,
     option,
-    parse_flags,
+    run_from_flags,
     write_result,
 )
 from diffmm.typing import Multiplier
@@ -295,11 +292,5 @@ def run(config: Config) -> dict:
     return write_result(config.workdir, "optimizer", figures, expected, bool(ok))
 
 
-def main(_) -> None:
-    logging.set_verbosity(logging.WARNING)
-    run(config_from_flags(Config))
-
-
 if __name__ == "__main__":
-    define_flags(Config)
-    app.run(main, flags_parser=parse_flags)
+    run_from_flags(Config, run)

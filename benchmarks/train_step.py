@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, logging
 from flax import nnx
 
 from diffmm.diffusion import (
@@ -32,12 +31,10 @@ from diffmm.diffusion import (
 )
 from diffmm.models import Denoiser, preset, training_flops_per_token
 from diffmm.training import (
-    config_from_flags,
-    define_flags,
     init_state,
     make_train_step,
     option,
-    parse_flags,
+    run_from_flags,
     write_result,
 )
 from diffmm.typing import Batch
@@ -224,11 +221,5 @@ def run(config: Config) -> dict:
     return write_result(config.workdir, "train_step", figures, expected, bool(ok))
 
 
-def main(_) -> None:
-    logging.set_verbosity(logging.WARNING)
-    run(config_from_flags(Config))
-
-
 if __name__ == "__main__":
-    define_flags(Config)
-    app.run(main, flags_parser=parse_flags)
+    run_from_flags(Config, run)

@@ -35,7 +35,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
 
 from diffmm.optim import AdamW, complement
 from diffmm.parameterisation import (
@@ -54,10 +53,8 @@ from diffmm.parameterisation import (
 from diffmm.training import (
     GracefulShutdown,
     Progress,
-    config_from_flags,
-    define_flags,
     option,
-    parse_flags,
+    run_from_flags,
     write_result,
 )
 
@@ -548,12 +545,5 @@ def train(config: Config) -> dict:
     return write_result(workdir, "per_module_search", figures, expected, ok)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    train(config_from_flags(Config))
-
-
 if __name__ == "__main__":
-    define_flags(Config)
-    app.run(main, flags_parser=parse_flags)
+    run_from_flags(Config, train)

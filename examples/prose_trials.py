@@ -116,6 +116,7 @@ def make_trial(
     hyper: AdamW,
     *,
     warmup: float = 0.1,
+    final_ratio: float = 0.0,
 ) -> Callable[[Prose, Any, Any], dict[str, Any]]:
     """One training run as a function to be compiled once.
 
@@ -124,7 +125,8 @@ def make_trial(
       leaves: from `leaves_between`.
       multipliers: of the parameterisation under test.
       hyper: hyper-parameters at the base; its learning rate counts as 1.
-      warmup: fraction of the steps; cosine decay to zero follows.
+      warmup: fraction of the steps; cosine decay follows …
+      final_ratio: … to this share of the peak.
 
     Returns:
       ``trial(prose, params, learning_rate)`` with the validation loss after the last
@@ -136,7 +138,7 @@ def make_trial(
     def trial(prose: Prose, params: Any, learning_rate: Any) -> dict[str, Any]:
         steps = prose.train.shape[0]
         shape = optax.warmup_cosine_decay_schedule(
-            0.0, 1.0, max(1, round(warmup * steps)), steps
+            0.0, 1.0, max(1, round(warmup * steps)), steps, end_value=final_ratio
         )
         optimizer = adamw(
             dataclasses.replace(hyper, learning_rate=1.0),

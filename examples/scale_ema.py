@@ -34,20 +34,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, logging
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from diffmm.optim.ema import averaged_params, ema_params
-from diffmm.optim.other_optimizers import scale_hyperparameters
-from diffmm.optim.rates import scale_decay
-from diffmm.training import (
-    config_from_flags,
-    define_flags,
-    option,
-    parse_flags,
-    write_result,
+from diffmm.optim import (
+    averaged_params,
+    ema_params,
+    scale_decay,
+    scale_hyperparameters,
 )
+from diffmm.training import option, run_from_flags, write_result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -469,13 +465,5 @@ def train(config: Config) -> dict:
     return write_result(workdir, "scale_ema", figures, expected, ok)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # jax tells which back ends are missing
-    train(config_from_flags(Config))
-
-
 if __name__ == "__main__":
-    define_flags(Config)
-    app.run(main, flags_parser=parse_flags)
+    run_from_flags(Config, train)

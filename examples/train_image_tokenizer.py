@@ -32,7 +32,6 @@ import grain
 import jax
 import numpy as np
 import optax
-from absl import app, logging
 from flax import nnx
 from PIL import Image
 from sklearn.cluster import MiniBatchKMeans
@@ -53,12 +52,10 @@ from diffmm.training import (
     MetricsWriter,
     Progress,
     check_finite,
-    config_from_flags,
-    define_flags,
     init_state,
     make_train_step,
     option,
-    parse_flags,
+    run_from_flags,
     write_result,
 )
 
@@ -290,13 +287,5 @@ def train(config: Config) -> dict:
     return write_result(workdir, "train_image_tokenizer", figures, expected, ok)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # orbax tells every detail of a save
-    train(config_from_flags(Config))
-
-
 if __name__ == "__main__":
-    define_flags(Config)
-    app.run(main, flags_parser=parse_flags)
+    run_from_flags(Config, train)

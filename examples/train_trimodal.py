@@ -24,7 +24,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, logging
+from absl import logging
 from flax import nnx
 
 from diffmm.data import (
@@ -63,14 +63,12 @@ from diffmm.training import (
     MetricsWriter,
     Progress,
     check_finite,
-    config_from_flags,
-    define_flags,
     environment,
     init_state,
     make_mesh,
     make_train_step,
     option,
-    parse_flags,
+    run_from_flags,
     shard_batch,
     state_shardings,
     write_result,
@@ -131,7 +129,7 @@ class Config:
     learning_rate: float = option(5e-3, "peak of the cosine schedule")
     warmup: float = option(0.05, "fraction of the run")
     weight_decay: float = option(0.1, "AdamW, on matrices only, times learning rate")
-    clip: float = option(1.0, "global gradient norm")
+    clip: float = option(1.0, "global gradient norm; 0 = no clipping")
     ema: float = option(0.0, "decay per step of averaged weights, sampled from; 0 = no")
     # Bookkeeping.
     log_every: int = option(50, "steps between records of metrics")
@@ -226,6 +224,25 @@ def make_nll(graphdef, mask_id: int, chunk: int | None = None):
     return nll
 
 
+def make_loss(nll, process, mask_id: int):
+    """The diffusion bound as a sum over rows, with its additive metrics."""
+
+    def loss_fn(params, batch, key, rows, num_rows):
+        loss, metrics = diffusion_loss(
+            nll,
+            params,
+            batch,
+            key,
+            process=process,
+            mask_id=mask_id,
+            rows=rows,
+            num_rows=num_rows,
+        )
+        return loss, metrics._asdict()
+
+    return loss_fn
+
+
 def summarise(records: list[dict], seconds: float, config: Config) -> dict:
     """Means over the steps since the last record, as they are logged."""
     total = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *records)
@@ -260,7 +277,6 @@ def train(config: Config) -> dict:
 
     # Model and loss.
     plan = trimodal_optimizer.make_plan(config, model_config(config, data))
-    plan.save(workdir)
     shape, num_steps = plan.shape, plan.num_steps
     model = Denoiser(shape, rngs=nnx.Rngs(config.seed))
     graphdef, params = nnx.split(model)
@@ -270,19 +286,7 @@ def train(config: Config) -> dict:
         p_uncond=config.p_uncond,
     )
     nll = make_nll(graphdef, mask_id, config.chunk)
-
-    def loss_fn(params, batch, key, rows, num_rows):
-        loss, metrics = diffusion_loss(
-            nll,
-            params,
-            batch,
-            key,
-            process=process,
-            mask_id=mask_id,
-            rows=rows,
-            num_rows=num_rows,
-        )
-        return loss, metrics._asdict()
+    loss_fn = make_loss(nll, process, mask_id)
 
     # State and step, over all devices of the machine.
     optimizer = plan.optimizer()
@@ -305,6 +309,7 @@ def train(config: Config) -> dict:
         )
         state = restored.state
         logging.info("continuing from step %d", restored.step)
+    plan.save(workdir)
     first = int(state.step)
 
     tokens_per_step = config.physical_batch * data.length
@@ -399,13 +404,5 @@ def command(config: Config) -> str:
     return " ".join(["python examples/train_trimodal.py", *changed])
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    train(config_from_flags(Config))
-
-
 if __name__ == "__main__":
-    define_flags(Config)
-    app.run(main, flags_parser=parse_flags)
+    run_from_flags(Config, train)

@@ -134,7 +134,7 @@ def make_plan(config: Any, shape: TransformerConfig) -> Plan:
         b2=0.95,
         eps=1e-8,
         weight_decay=config.weight_decay,
-        clip=config.clip,
+        clip=config.clip or None,
         ema=config.ema or None,
     )
     if config.logical_batch:

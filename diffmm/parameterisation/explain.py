@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from diffmm.parameterisation.leaf import Leaf
-from diffmm.parameterisation.rules import Rule, evaluate
+from diffmm.parameterisation.rules import Exponents, Rule, evaluate
 from diffmm.typing import Factor, Multiplier
 
 _COLUMNS = ("init_variance", "forward", "learning_rate", "eps", "weight_decay")
@@ -40,11 +40,25 @@ def explain(
     for name, leaf in leaves.items():
         formulas = rule.row(leaf)._asdict()
         cells = [
-            _cell(getattr(applied[name], field), formulas[field].formula())
+            _cell(getattr(applied[name], field), _infinite(formulas[field], leaf))
             for field in _COLUMNS
         ]
         rows.append([name, leaf.role.value, leaf.module, *cells])
     return "\n".join([*_aligned(rows), f"source: {rule.source}"])
+
+
+def _infinite(exponents: Exponents, leaf: Leaf) -> str:
+    """The formula without the ratios of finite dimensions, which are 1."""
+    finite = {
+        side: 0.0
+        for side, infinite in (
+            ("m_in", leaf.infinite_in),
+            ("m_out", leaf.infinite_out),
+            ("m_depth", leaf.in_block),
+        )
+        if not infinite
+    }
+    return exponents._replace(**finite).formula()
 
 
 def _cell(factor: Factor, formula: str) -> str:

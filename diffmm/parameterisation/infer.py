@@ -75,86 +75,21 @@ def infer(
       >>> leaves["unembedding"].m_in, leaves["unembedding"].infinite_out
       (4.0, False)
     """
-    small, large = family or (base, target)
-    trees = {id(size): _shapes(make, size) for size in (base, target, small, large)}
-    base_shapes, target_shapes = trees[id(base)], trees[id(target)]
-    small_shapes, large_shapes = trees[id(small)], trees[id(large)]
-    places = {
-        name: _place(name, blocks) for shapes in trees.values() for name in shapes
-    }
-    generic_base = _by_generic_name(base_shapes, places, "base")
-    generic_small = _by_generic_name(small_shapes, places, "family")
-    generic_large = _by_generic_name(large_shapes, places, "family")
-    _same_structure(base_shapes, target_shapes, places, "target")
-    _same_structure(small_shapes, large_shapes, places, "family")
-    _same_structure(base_shapes, small_shapes, places, "family")
-    _all_used(target_shapes, overrides, blocks)
-    base_layers = _num_layers(base_shapes, places)
-    target_layers = _num_layers(target_shapes, places)
-
+    sizes = _Sizes.of(make, base, target, family or (base, target), blocks)
+    _all_used(sizes.target, overrides, blocks)
     problems: list[str] = []
     leaves = {}
-    for name, shape in target_shapes.items():
-        place = places[name]
+    for name, shape in sizes.target.items():
         found = [p for p in overrides if p.matches(name)] or [
             p for p in patterns if p.matches(name)
         ]
-        if len(found) != 1:
-            problems.append(
-                f"{name} {shape}: "
-                + (
-                    f"matches {[p.path for p in found]}"
-                    if found
-                    else "no pattern matches"
-                )
-            )
-            continue
-        pattern = found[0]
-        base_shape = generic_base[place.generic]
-        scaled = _scaled_axes(
-            generic_small[place.generic], generic_large[place.generic], place.stack_axis
-        )
         try:
-            inputs, outputs = _sides(pattern, len(shape), scaled, place.stack_axis)
+            if len(found) != 1:
+                paths = [p.path for p in found]
+                raise ValueError(f"matches {paths}" if found else "no pattern matches")
+            leaves[name] = _leaf(name, found[0], sizes)
         except ValueError as error:
             problems.append(f"{name} {shape}: {error}")
-            continue
-        outside = [
-            axis
-            for axis in range(len(shape))
-            if axis not in inputs + outputs
-            and axis != place.stack_axis
-            and base_shape[axis] != shape[axis]
-        ]
-        if outside:
-            problems.append(
-                f"{name}: axes {outside} differ between base {base_shape} and target "
-                f"{shape} but are not scaled by family, or are no declared side"
-            )
-            continue
-        in_block = place.stream is not None
-        infinite_in, infinite_out = bool(inputs), bool(outputs)
-        stream = place.stream or ""
-        leaves[name] = Leaf(
-            name=name,
-            role=pattern.role or _role(pattern, in_block, infinite_in, infinite_out),
-            module=pattern.module,
-            shape=shape,
-            m_in=_ratio(shape, base_shape, inputs),
-            m_out=_ratio(shape, base_shape, outputs),
-            infinite_in=infinite_in,
-            infinite_out=infinite_out,
-            m_depth=target_layers[stream] / base_layers[stream] if in_block else 1.0,
-            in_block=in_block,
-            residual=pattern.residual if in_block else "",
-            stack_axis=place.stack_axis,
-            layer=place.layer,
-            num_layers=target_layers[stream] if in_block else 0,
-            matrix=pattern.kind in ("matrix", "embedding"),
-            base_names=tuple(
-                other for other in base_shapes if places[other].generic == place.generic
-            ),
-        )
     if problems:
         raise ValueError(
             "patterns: every leaf needs exactly one that fits:\n  "
@@ -163,10 +98,110 @@ def infer(
     return leaves
 
 
-def _shapes(make: Callable[[Any], Any], size: Any) -> dict[str, tuple[int, ...]]:
+_Shapes = dict[str, tuple[int, ...]]
+
+
+class _Sizes(NamedTuple):
+    """Shapes of one model at several sizes.
+
+    The fields of the family are by generic name: the path with * for the layer.
+    """
+
+    base: _Shapes
+    target: _Shapes
+    generic_base: _Shapes
+    generic_small: _Shapes
+    generic_large: _Shapes
+    places: dict[str, _Place]
+    base_layers: dict[str, int]
+    target_layers: dict[str, int]
+
+    @classmethod
+    def of(
+        cls,
+        make: Callable[[Any], Any],
+        base: Any,
+        target: Any,
+        family: tuple[Any, Any],
+        blocks: Sequence[Blocks],
+    ) -> _Sizes:
+        """Runs the constructor on shapes, and compares what came."""
+        own, theirs = _shapes(make, base), _shapes(make, target)
+        small, large = (
+            own if size is base else theirs if size is target else _shapes(make, size)
+            for size in family
+        )
+        every = (own, theirs, small, large)
+        places = {name: _place(name, blocks) for tree in every for name in tree}
+        for first, second, argument in (
+            (own, theirs, "target"),
+            (small, large, "family"),
+            (own, small, "family"),
+        ):
+            _same_structure(first, second, places, argument)
+        return cls(
+            base=own,
+            target=theirs,
+            generic_base=_by_generic_name(own, places, "base"),
+            generic_small=_by_generic_name(small, places, "family"),
+            generic_large=_by_generic_name(large, places, "family"),
+            places=places,
+            base_layers=_num_layers(own, places),
+            target_layers=_num_layers(theirs, places),
+        )
+
+
+def _leaf(name: str, pattern: Pattern, sizes: _Sizes) -> Leaf:
+    """Everything that is known of one leaf of the target."""
+    place, shape = sizes.places[name], sizes.target[name]
+    base_shape = sizes.generic_base[place.generic]
+    scaled = _scaled_axes(
+        sizes.generic_small[place.generic],
+        sizes.generic_large[place.generic],
+        place.stack_axis,
+    )
+    inputs, outputs = _sides(pattern, len(shape), scaled, place.stack_axis)
+    outside = [
+        axis
+        for axis, (before, after) in enumerate(zip(base_shape, shape, strict=True))
+        if axis not in (*inputs, *outputs, place.stack_axis) and before != after
+    ]
+    if outside:
+        raise ValueError(
+            f"axes {outside} differ from the base's {base_shape}, but family does not "
+            "scale them, or they are no declared side"
+        )
+    in_block = place.stream is not None
+    stream = place.stream or ""
+    num_layers = sizes.target_layers.get(stream, 0)
+    return Leaf(
+        name=name,
+        role=pattern.role or _role(pattern, in_block, bool(inputs), bool(outputs)),
+        module=pattern.module,
+        shape=shape,
+        m_in=_ratio(shape, base_shape, inputs),
+        m_out=_ratio(shape, base_shape, outputs),
+        infinite_in=bool(inputs),
+        infinite_out=bool(outputs),
+        m_depth=num_layers / sizes.base_layers[stream] if in_block else 1.0,
+        in_block=in_block,
+        residual=pattern.residual if in_block else "",
+        stack_axis=place.stack_axis,
+        layer=place.layer,
+        num_layers=num_layers,
+        matrix=pattern.kind in ("matrix", "embedding"),
+        base_names=tuple(
+            other
+            for other in sizes.base
+            if sizes.places[other].generic == place.generic
+        ),
+    )
+
+
+def _shapes(make: Callable[[Any], Any], size: Any) -> _Shapes:
     """Shapes of the floating-point leaves, by name."""
     tree = jax.eval_shape(lambda: make(size))
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: _Shapes = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = path_name(path)
         if name in shapes:
@@ -194,10 +229,10 @@ def _place(name: str, blocks: Sequence[Blocks]) -> _Place:
 
 
 def _by_generic_name(
-    shapes: dict[str, tuple[int, ...]], places: dict[str, _Place], argument: str
-) -> dict[str, tuple[int, ...]]:
+    shapes: _Shapes, places: dict[str, _Place], argument: str
+) -> _Shapes:
     """One shape per generic name; layers of one stream must agree."""
-    generic: dict[str, tuple[int, ...]] = {}
+    generic: _Shapes = {}
     for name, shape in shapes.items():
         known = generic.setdefault(places[name].generic, shape)
         if known != shape:
@@ -209,8 +244,8 @@ def _by_generic_name(
 
 
 def _same_structure(
-    first: dict[str, tuple[int, ...]],
-    second: dict[str, tuple[int, ...]],
+    first: _Shapes,
+    second: _Shapes,
     places: dict[str, _Place],
     argument: str,
 ) -> None:
@@ -226,7 +261,7 @@ def _same_structure(
 
 
 def _all_used(
-    shapes: dict[str, tuple[int, ...]],
+    shapes: _Shapes,
     overrides: Sequence[Pattern],
     blocks: Sequence[Blocks],
 ) -> None:
@@ -238,9 +273,7 @@ def _all_used(
             raise ValueError(f"blocks: {block.path!r} matches no leaf")
 
 
-def _num_layers(
-    shapes: dict[str, tuple[int, ...]], places: dict[str, _Place]
-) -> dict[str, int]:
+def _num_layers(shapes: _Shapes, places: dict[str, _Place]) -> dict[str, int]:
     """Blocks in each stream."""
     indices: dict[str, set[int]] = {}
     stacked: dict[str, dict[str, int]] = {}

@@ -32,6 +32,7 @@ from diffmm.training.options import config_from_flags as config_from_flags
 from diffmm.training.options import define_flags as define_flags
 from diffmm.training.options import option as option
 from diffmm.training.options import parse_flags as parse_flags
+from diffmm.training.options import run_from_flags as run_from_flags
 from diffmm.training.results import environment as environment
 from diffmm.training.results import to_jsonable as to_jsonable
 from diffmm.training.results import write_atomically as write_atomically

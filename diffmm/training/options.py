@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from absl import app, flags
+from absl import app, flags, logging
 
 Config = TypeVar("Config")
 
@@ -41,7 +41,7 @@ def define_flags(config_class: type[Any]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses a command line, for ``app.run(main, flags_parser=parse_flags)``.
+    """Parses a command line, as ``flags_parser`` of absl's ``app.run``.
 
     ``--physical-batch=8`` is the same as ``--physical_batch=8``.
 
@@ -68,3 +68,23 @@ def config_from_flags(config_class: type[Config]) -> Config:
         for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
     }
     return config_class(**values)
+
+
+def run_from_flags(config_class: type[Config], run: Callable[[Config], Any]) -> None:
+    """What a script does when it is called: flags, configuration, run.
+
+    Messages below warnings are silent: jax and orbax tell every detail of their own.
+
+    Args:
+      config_class: see `define_flags`.
+      run: takes the configuration; what it returns is dropped.
+    """
+    define_flags(config_class)
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown arguments: {argv[1:]}")
+        logging.set_verbosity(logging.WARNING)
+        run(config_from_flags(config_class))
+
+    app.run(main, flags_parser=parse_flags)
