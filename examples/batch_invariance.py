@@ -6,7 +6,7 @@ without it, and lays the loss curves over each other, against tokens.
 
     python examples/batch_invariance.py --workdir=runs/batch
 
-About 15 minutes on 2 CPU cores (--quick: 3). Expected: with the rule the final
+About 10 minutes on 2 CPU cores (--quick: 2). Expected: with the rule the final
 validation loss is within 3 % of the base's at every batch; without it, it is not. A run
 that was killed continues: every training run is saved.
 

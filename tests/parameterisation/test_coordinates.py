@@ -260,6 +260,7 @@ def test_bad_measurements_are_named():
 
 
 def test_table_csv_and_plot(tmp_path):
+    pytest.importorskip("matplotlib")
     report = coordinate_check(
         power_law(flat=0.0, grows=0.5), widths=WIDTHS, depths=(2, 4, 8)
     ).expecting({"depth": {"grows": None}})
@@ -289,6 +290,7 @@ def test_table_csv_and_plot(tmp_path):
 
 
 def test_a_plot_of_values_without_logarithm_still_appears(tmp_path):
+    pytest.importorskip("matplotlib")
     report = coordinate_check(
         lambda *, width, seed: {"a": math.nan, "b": 0.0, "c": math.inf}, widths=WIDTHS
     )
