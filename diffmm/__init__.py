@@ -8,6 +8,8 @@ itself loads nothing heavy and starts no accelerator.
 | ``diffmm.data`` | vocabulary, tokenizers, row layout, packing, mixtures, sources |
 | ``diffmm.diffusion`` | schedules, masking, losses, likelihood bounds |
 | ``diffmm.models`` | layers, the bidirectional denoiser, presets, FSQ autoencoder |
+| ``diffmm.optim`` | per-leaf AdamW, batch and duration rule, averages of weights |
+| ``diffmm.parameterisation`` | Complete^(d)P and others, per-module factors, checks |
 | ``diffmm.samplers`` | one generation loop, selection rules, guidance, filters |
 | ``diffmm.training`` | train state and step over a mesh, checkpoints, metrics |
 """

@@ -127,6 +127,7 @@ def train(
         learning_rate=config.learning_rate,
         # A threshold would cut off more of the noisier gradients of small batches.
         clip=0.0,
+        decay_gains=False,
         ema=config.ema,
         steps=config.steps,
         base_batch=config.base_batch,

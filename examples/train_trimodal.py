@@ -117,8 +117,8 @@ class Config:
     base_width: int = option(0, "width of the model they were tuned on; 0 = the run's")
     base_num_layers: int = option(0, "its layers; 0 = the run's")
     base_batch: int = option(24, "rows per step of the run they were tuned on")
-    base_steps: int = option(3_500, "steps of that run")
-    steps: int = option(3_500, "length of this run, in steps of base_batch rows")
+    base_steps: int = option(4_000, "steps of that run")
+    steps: int = option(4_000, "length of this run, in steps of base_batch rows")
     physical_batch: int = option(24, "rows per step of this run, over all devices")
     logical_batch: int = option(
         0, "rows at which they are right; 0 = base_batch (steps / base_steps)^horizon"
@@ -128,12 +128,13 @@ class Config:
     micro_batches: int = option(1, "parts of a batch that are run one after the other")
     learning_rate: float = option(5e-3, "peak of the cosine schedule")
     warmup: float = option(0.05, "fraction of the run")
-    weight_decay: float = option(0.1, "AdamW, on matrices only, times learning rate")
+    weight_decay: float = option(0.1, "of AdamW, multiplied by the learning rate")
+    decay_gains: bool = option(True, "decay the gains of norms too, not only matrices")
     clip: float = option(1.0, "global gradient norm; 0 = no clipping")
     ema: float = option(0.0, "decay per step of averaged weights, sampled from; 0 = no")
     # Bookkeeping.
     log_every: int = option(50, "steps between records of metrics")
-    save_every: int = option(700, "steps between checkpoints")
+    save_every: int = option(800, "steps between checkpoints")
     draws: int = option(16, "Monte-Carlo draws per row of the validation bound")
     bound_rows: int = option(128, "validation rows per task for the bound")
     num_generated: int = option(200, "samples per generation task")

@@ -44,6 +44,7 @@ class Plan(NamedTuple):
       kappa: physical over logical batch.
       logical_batch: rows at which the base hyper-parameters are right for this run.
       num_steps: optimiser steps.
+      decayed: names of the leaves that weight decay acts on.
       schedule: multiplier of the peak, on the clock of rows.
       physical_batch: rows per step.
       card: base and hyper-parameters, to be saved beside checkpoints.
@@ -56,13 +57,13 @@ class Plan(NamedTuple):
     kappa: float
     logical_batch: float
     num_steps: int
+    decayed: tuple[str, ...]
     schedule: TokenSchedule
     physical_batch: int
     card: Card
 
     def optimizer(self) -> optax.GradientTransformation:
         """Clipping, AdamW with per-leaf hyper-parameters, and the average if any."""
-        matrices = [name for name, leaf in self.leaves.items() if leaf.matrix]
         parts: list[Any] = []
         if self.hyper.clip is not None:
             parts.append(optax.clip_by_global_norm(self.hyper.clip))
@@ -71,7 +72,7 @@ class Plan(NamedTuple):
                 self.hyper,
                 self.multipliers,
                 schedule=by_steps(self.schedule, self.physical_batch),
-                mask=mask_by_name(matrices),
+                mask=mask_by_name(self.decayed),
             )
         )
         if self.hyper.ema is not None:
@@ -100,11 +101,11 @@ def make_plan(config: Any, shape: TransformerConfig) -> Plan:
     """Carries the hyper-parameters of the base over to a run.
 
     Args:
-      config: fields ``learning_rate weight_decay clip warmup ema`` at the base;
-        ``base_width base_num_layers`` (0 = those of ``shape``); ``base_batch`` rows
-        and ``base_steps``; ``steps``, the length of the run in steps of ``base_batch``
-        rows; ``physical_batch`` rows; ``logical_batch`` rows (0 = base_batch ·
-        (steps / base_steps)^horizon); ``horizon``.
+      config: fields ``learning_rate weight_decay clip warmup ema`` at the base, and
+        ``decay_gains``; ``base_width base_num_layers`` (0 = those of ``shape``);
+        ``base_batch`` rows and ``base_steps``; ``steps``, the length of the run in
+        steps of ``base_batch`` rows; ``physical_batch`` rows; ``logical_batch`` rows
+        (0 = base_batch · (steps / base_steps)^horizon); ``horizon``.
       shape: the model to be trained.
 
     Returns:
@@ -151,6 +152,9 @@ def make_plan(config: Any, shape: TransformerConfig) -> Plan:
         kappa=kappa(base, target, horizon),
         logical_batch=logical_batch(base, total, horizon),
         num_steps=num_steps,
+        decayed=tuple(
+            name for name, leaf in leaves.items() if leaf.matrix or config.decay_gains
+        ),
         schedule=TokenSchedule(
             shape=WarmupCosine(warmup=config.warmup), tokens=run.tokens
         ),

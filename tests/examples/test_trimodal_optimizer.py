@@ -28,7 +28,7 @@ def plan_of(examples, shape=SHAPE, **changes):
 def test_at_the_base_nothing_changes(examples, tmp_path):
     plan = plan_of(examples)
     config = examples[0].Config()
-    assert (plan.kappa, plan.logical_batch, plan.num_steps) == (1.0, 24, 3500)
+    assert (plan.kappa, plan.logical_batch, plan.num_steps) == (1.0, 24, 4000)
     assert plan.hyper.learning_rate == config.learning_rate
     assert plan.hyper.ema == 0.99
     assert plan.shape == SHAPE
@@ -44,7 +44,7 @@ def test_any_physical_batch_is_the_same_experiment(examples, kappa):
     base = plan_of(examples)
     plan = plan_of(examples, physical_batch=int(24 * kappa))
     assert plan.kappa == kappa
-    assert plan.num_steps * plan.physical_batch == 24 * 3500
+    assert plan.num_steps * plan.physical_batch == 24 * 4000
     assert plan.schedule == base.schedule
     assert plan.logical_batch == base.logical_batch == 24
     for quantity in (
@@ -58,11 +58,11 @@ def test_any_physical_batch_is_the_same_experiment(examples, kappa):
 
 
 def test_length_moves_the_logical_batch_and_a_given_one_wins(examples):
-    longer = plan_of(examples, steps=35_000)
+    longer = plan_of(examples, steps=40_000)
     np.testing.assert_allclose(longer.logical_batch, 24 * 10**0.44)
     np.testing.assert_allclose(longer.kappa, 10**-0.44)
-    assert longer.num_steps == 35_000
-    given = plan_of(examples, steps=35_000, logical_batch=24)
+    assert longer.num_steps == 40_000
+    given = plan_of(examples, steps=40_000, logical_batch=24)
     assert given.kappa == 1.0
     assert given.hyper.learning_rate == examples[0].Config().learning_rate
 
@@ -78,3 +78,12 @@ def test_width_and_depth_become_factors(examples):
         jax.eval_shape(lambda: examples[1]._parameters(plan.shape)),
     )
     plan.optimizer().init(params)
+
+
+def test_gains_decay_only_if_asked(examples):
+    everything = set(plan_of(examples).decayed)
+    matrices = set(plan_of(examples, decay_gains=False).decayed)
+    assert everything - matrices == {
+        name for name, leaf in plan_of(examples).leaves.items() if not leaf.matrix
+    }
+    assert "final_norm/gain" in everything - matrices
