@@ -99,7 +99,7 @@ def audit(
     if params is not None:
         findings += _without_rule(multipliers, named_leaves(params))
     findings += _tied(leaves, multipliers)
-    findings += _missing_ends(leaves, multipliers)
+    findings += _missing_ends(leaves)
     if base_rms is not None and rms is not None:
         findings += _depth_twice(leaves, multipliers, base_rms, rms)
     if shrink is not None:
@@ -170,10 +170,7 @@ def _tied(
     return []
 
 
-def _missing_ends(
-    leaves: Mapping[str, Leaf], multipliers: Mapping[str, Multiplier]
-) -> list[Finding]:
-    del multipliers
+def _missing_ends(leaves: Mapping[str, Leaf]) -> list[Finding]:
     deep = [leaf for leaf in leaves.values() if leaf.in_block and leaf.m_depth != 1.0]
     if deep and not any(leaf.residual for leaf in deep):
         return [
