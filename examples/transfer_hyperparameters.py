@@ -8,10 +8,12 @@ residual multipliers are absorbed into weights.
     python examples/transfer_hyperparameters.py --workdir=runs/transfer
     python examples/transfer_hyperparameters.py --workdir=runs/quick --quick
 
-About 15 minutes on 2 CPU cores (--quick: 3). Expected: under Complete^(d)P the best
-learning rate stays within one factor of two over all sizes, and larger models are not
-worse; under the standard parameterisation it moves by at least two factors of two over
-a width of ×4. A run that was killed continues: every trial is saved.
+About 15 minutes on 2 CPU cores. Expected: under Complete^(d)P the best learning rate
+stays within one factor of two over all sizes, and larger models are not worse; under
+the standard parameterisation it moves by at least two factors of two over a width of
+×4. --quick (about 4 minutes) shows the tendency: one seed and fewer steps, in which the
+standard rate moves by one factor only. A run that was killed continues: every trial is
+saved.
 
 Paper: Mlodozeniec et al., "Completed Hyperparameter Transfer across Modules, Width,
 Depth, Batch and Duration", arXiv 2512.22382.
