@@ -122,8 +122,10 @@ def evaluate(
       ``(figures, artifacts)``: numbers as JSON, and arrays and texts by name.
     """
     predict = predict_fn(graphdef)
+    bits = bounds(data, nll, params, seed, draws, bound_rows)
     figures: dict[str, Any] = {
-        "bits_per_token": bounds(data, nll, params, seed, draws, bound_rows),
+        "bits_per_token": bits,
+        "validation_bits": over_tasks(bits),
         "accuracy": {},
         "forwards": {},
     }
@@ -193,6 +195,30 @@ def bounds(
             if estimate.count
         }
     return out
+
+
+def over_tasks(bounds: Mapping[str, Any]) -> dict[str, float]:
+    """Validation bits per token of each group, and of ``"all"``, over all tasks."""
+    bits: dict[str, float] = {}
+    tokens: dict[str, float] = {}
+    for groups in bounds.values():
+        for group, entry in groups.items():
+            for name in (group, "all"):
+                bits[name] = bits.get(name, 0.0) + entry["value"] * entry["tokens"]
+                tokens[name] = tokens.get(name, 0.0) + entry["tokens"]
+    return {name: total / tokens[name] for name, total in sorted(bits.items())}
+
+
+def final_training(records: Sequence[dict[str, Any]], num_steps: int) -> dict[str, Any]:
+    """Means of the records of the last tenth of a run: training loss and bits."""
+    last = [r for r in records if r["step"] > 0.9 * num_steps] or list(records[-1:])
+    names = [
+        name for name in last[0] if name in ("loss", "grad_norm") or "bits/" in name
+    ]
+    return {
+        "records": len(last),
+        **{name: float(np.mean([float(r[name]) for r in last])) for name in names},
+    }
 
 
 def unmasking(

@@ -74,7 +74,8 @@ def write(
     samples.mkdir(exist_ok=True)
     sections = [
         "<h1>One model of text, images and speech</h1>",
-        f"<p class=lead>{figures['parameters']:,} parameters, {figures['steps']:,} "
+        f"<p class=lead>{figures['attention'].capitalize()} attention, "
+        f"{figures['parameters']:,} parameters, {figures['steps']:,} "
         f"steps, {figures['seconds']['total'] / 60:.1f} minutes in all. Judges are "
         "classifiers that saw real training data only; the ceiling is what they reach "
         "on real held-out data.</p>",

@@ -28,6 +28,21 @@ MASK_ID = VOCABULARY - 1
 
 @pytest.fixture(scope="module")
 def problem():
+    return make_problem()
+
+
+@pytest.fixture(scope="module")
+def sigmoid_problem():
+    return make_problem(
+        attention="sigmoid",
+        length=LENGTH,
+        hybrid_norm=True,
+        layer_scale=0.5,
+        trainable_bias="head",
+    )
+
+
+def make_problem(**recipe):
     rng = np.random.default_rng(0)
     shape = (ROWS, LENGTH)
     lengths = rng.integers(2, LENGTH + 1, (ROWS, 1))
@@ -45,7 +60,7 @@ def problem():
         task=np.zeros(ROWS, np.int8),
     )
     config = TransformerConfig(
-        vocabulary_size=VOCABULARY, width=16, num_layers=2, head_dim=8
+        vocabulary_size=VOCABULARY, width=16, num_layers=2, head_dim=8, **recipe
     )
     graphdef, params = nnx.split(Denoiser(config, rngs=nnx.Rngs(0)))
 
@@ -112,7 +127,23 @@ def reference(problem):
 def test_same_loss_and_gradients(problem, reference, mesh, table, micro_batches):
     if mesh is not None:
         mesh = make_mesh(**mesh)
-    metrics, gradients = run(problem, mesh, table, micro_batches)
+    check_same(run(problem, mesh, table, micro_batches), reference)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "table"),
+    [({"data": 4}, FULLY_SHARDED), ({"data": 2, "model": 2}, TENSOR_PARALLEL)],
+    ids=["fsdp", "tensor"],
+)
+def test_same_loss_and_gradients_with_sigmoid_attention(sigmoid_problem, mesh, table):
+    check_same(
+        run(sigmoid_problem, make_mesh(**mesh), table),
+        run(sigmoid_problem, micro_batches=2),
+    )
+
+
+def check_same(found, reference):
+    metrics, gradients = found
     expected_metrics, expected = reference
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
     for name in ("nats", "count", "nats_by_time", "count_by_time"):

@@ -5,10 +5,16 @@ Letters: B rows, L row length, H heads, K head dimension, Q query and S key posi
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from diffmm.typing import Array
+from diffmm.models.config import TransformerConfig
+from diffmm.typing import Array, AttentionFn
+from diffmm_kernels.sigmoid_attention import alibi_slopes, sigmoid_attention
 
 # Finite, so that a row of the softmax that is wholly masked yields no NaN.
 _MASKED_SCORE = -1e30
@@ -35,8 +41,10 @@ def softmax_attention(
     value: Array,
     *,
     segment_ids: Array | None = None,
+    causal: bool = False,
+    slopes: Any = None,
 ) -> Array:
-    """Bidirectional softmax attention, ``softmax(q kᵀ / sqrt(K)) v`` per segment.
+    """Softmax attention, ``softmax(q kᵀ / sqrt(K)) v`` per segment.
 
     Scores and softmax are float32 whatever the compute dtype. Heads lead the batched
     products, so that each is over contiguous matrices.
@@ -46,6 +54,8 @@ def softmax_attention(
       key: ``[B, L, H, K]``.
       value: ``[B, L, H, K]``.
       segment_ids: int32 ``[B, L]`` or None (every position sees every other).
+      causal: position i sees ``j <= i`` only.
+      slopes: float ``[H]``, subtracts ``slope · |i - j|`` from the scores, or None.
 
     Returns:
       ``[B, L, H, K]`` in the dtype of ``value``.
@@ -58,8 +68,16 @@ def softmax_attention(
         key_BHSK,
         preferred_element_type=jnp.float32,
     )
+    index = jnp.arange(query.shape[1], dtype=jnp.int32)
+    if slopes is not None:
+        distance_QS = jnp.abs(index[:, None] - index[None, :]).astype(jnp.float32)
+        slopes_1H11 = jnp.asarray(slopes, jnp.float32)[None, :, None, None]
+        scores_BHQS = scores_BHQS - slopes_1H11 * distance_QS[None, None]
     if segment_ids is not None:
         scores_BHQS = jnp.where(segment_mask(segment_ids), scores_BHQS, _MASKED_SCORE)
+    if causal:
+        seen_11QS = (index[None, :] <= index[:, None])[None, None]
+        scores_BHQS = jnp.where(seen_11QS, scores_BHQS, _MASKED_SCORE)
     # Mixed first and divided last: K numbers to divide per query instead of S. The
     # result does not depend on the maximum, hence neither does the gradient.
     peak_BHQ1 = jax.lax.stop_gradient(scores_BHQS.max(axis=-1, keepdims=True))
@@ -72,3 +90,199 @@ def softmax_attention(
         preferred_element_type=jnp.float32,
     )
     return (mixed_BHQK / total_BHQ1).astype(value.dtype).swapaxes(1, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxAttention:
+    """`softmax_attention` with its options.
+
+    Attributes:
+      causal: position i sees ``j <= i`` only.
+      alibi: subtract `alibi_slopes` times distance from the scores.
+    """
+
+    causal: bool = False
+    alibi: bool = False
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        segment_ids: Array | None = None,
+    ) -> Array:
+        """A `diffmm.typing.AttentionFn`."""
+        return softmax_attention(
+            query,
+            key,
+            value,
+            segment_ids=segment_ids,
+            causal=self.causal,
+            slopes=alibi_slopes(query.shape[2]) if self.alibi else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SigmoidAttention:
+    """``o_i = Σ_j σ(q_i·k_j / √K + b) v_j``, without normalisation over keys.
+
+    With ``b = -log n`` a weight is about ``e^s / n``: a softmax whose denominator is
+    replaced by the constant n, so that the sum of the weights of a row, its mass, is of
+    order one. Padding (segment 0) sees nothing and its outputs are exactly 0.
+
+    Attributes:
+      length: n, the row length trained for, not that of the batch at hand. At other
+        lengths the same n keeps b, and their own length keeps the mass.
+      causal: position i sees ``j <= i`` only; its mass is about ``(i + 1) / n``.
+      alibi: subtract `alibi_slopes` times distance from the logits: the full distance,
+        since a sigmoid, unlike a softmax, feels what is constant in a row.
+      bias: b, if it is not to be ``-log n``.
+      precision: of the kernels' activation: "default", "fast" or "high".
+      implementation: one of `diffmm_kernels.sigmoid_attention.IMPLEMENTATIONS`; None
+        chooses by device.
+
+    References:
+      Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid
+      Self-Attention", arXiv 2409.04431.
+
+    Example:
+      >>> round(SigmoidAttention(length=2048).constant, 6)
+      -7.624619
+    """
+
+    length: int
+    causal: bool = False
+    alibi: bool = False
+    bias: float | None = None
+    precision: Any = "default"
+    implementation: Any = None
+
+    def __post_init__(self) -> None:
+        """Refuses a length that has no logarithm."""
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}")
+
+    @property
+    def constant(self) -> float:
+        """The bias b without what is learned, a Python number."""
+        return -math.log(self.length) if self.bias is None else self.bias
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        segment_ids: Array | None = None,
+        bias_offset: Array | None = None,
+    ) -> Array:
+        """A `diffmm.typing.AttentionFn`; ``bias_offset [] or [H]`` is added to b."""
+        bias: Any = self.constant
+        if bias_offset is not None:
+            bias = bias + bias_offset.astype(jnp.float32)
+        if segment_ids is not None:
+            # Negative ids are neither seen nor see.
+            segment_ids = jnp.where(segment_ids == 0, -1, segment_ids)
+        return sigmoid_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            causal=self.causal,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+            alibi_slopes=alibi_slopes(query.shape[2]) if self.alibi else None,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+
+
+def attention_function(config: TransformerConfig, **options: Any) -> AttentionFn:
+    """The attention function that a configuration asks for.
+
+    Args:
+      config: fields ``attention length attention_bias causal positions``.
+      **options: further fields of `SigmoidAttention` or `SoftmaxAttention`, such as
+        ``implementation``.
+
+    Returns:
+      A hashable function.
+    """
+    options = {
+        "causal": config.causal,
+        "alibi": config.positions == "alibi",
+        **options,
+    }
+    if config.attention == "softmax":
+        return SoftmaxAttention(**options)
+    assert config.length is not None  # checked by the configuration
+    return SigmoidAttention(
+        **{"length": config.length, "bias": config.attention_bias, **options}
+    )
+
+
+class AttentionStatistics(NamedTuple):
+    """What attention does to the size of values; float32 ``[..., H]`` each.
+
+    Attributes:
+      row_mass: mean over real positions of the sum of their weights: 1 for softmax;
+        about ``E[e^s]`` for sigmoid with b = -log n, and n/2 with b = 0.
+      output_norm: Frobenius norm of the outputs O of real positions.
+      value_norm: the same of the values V.
+    """
+
+    row_mass: Array
+    output_norm: Array
+    value_norm: Array
+
+    @property
+    def ratio(self) -> Array:
+        """``‖O‖ / ‖V‖``; where it is far above 1 early on, training spikes."""
+        return self.output_norm / jnp.maximum(self.value_norm, 1e-30)
+
+
+def attention_statistics(
+    attention: AttentionFn,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    segment_ids: Array | None = None,
+    **options: Any,
+) -> AttentionStatistics:
+    """Row mass and norms of one call of an attention function.
+
+    The mass is the output for values that are all 1: no weights are stored, whatever
+    the attention function needs in memory is enough.
+
+    Args:
+      attention: any attention function.
+      query: ``[B, L, H, K]``.
+      key: ``[B, L, H, K]``.
+      value: ``[B, L, H, K]``.
+      segment_ids: int32 ``[B, L]``, 0 = padding, which is left out of all means.
+      **options: passed on to ``attention``, such as ``bias_offset``.
+
+    Returns:
+      `AttentionStatistics` of ``[H]``.
+    """
+
+    def call(value: Array) -> Array:
+        mixed = attention(query, key, value, segment_ids=segment_ids, **options)
+        return mixed.astype(jnp.float32)
+
+    real_BL11 = jnp.ones(query.shape[:2], jnp.float32)[:, :, None, None]
+    if segment_ids is not None:
+        real_BL11 = (segment_ids != 0).astype(jnp.float32)[:, :, None, None]
+    mass_BLH1 = call(jnp.ones_like(value[..., :1]))
+
+    def norm(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(real_BL11 * x * x, axis=(0, 1, 3)))
+
+    return AttentionStatistics(
+        row_mass=jnp.sum(real_BL11 * mass_BLH1, axis=(0, 1, 3))
+        / jnp.maximum(real_BL11.sum(), 1.0),
+        output_norm=norm(call(value)),
+        value_norm=norm(value.astype(jnp.float32)),
+    )

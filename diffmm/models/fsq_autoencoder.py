@@ -22,7 +22,8 @@ import numpy as np
 from flax import nnx
 
 from diffmm._tree import named_leaves
-from diffmm.models.attention import softmax_attention
+from diffmm.models.attention import attention_function
+from diffmm.models.config import AttentionKind, TransformerConfig
 from diffmm.models.fsq import (
     check_indices,
     check_levels,
@@ -31,7 +32,7 @@ from diffmm.models.fsq import (
     quantize,
 )
 from diffmm.models.layers import Norm, fan_in_normal, linear, rotary_angles
-from diffmm.models.transformer import Block, TransformerConfig
+from diffmm.models.transformer import Block
 from diffmm.typing import Array, ArrayLike
 
 
@@ -49,6 +50,7 @@ class FSQConfig:
       num_layers: blocks in the encoder, and as many in the decoder.
       head_dim: of the attention that mixes patches; ``width / head_dim`` heads.
       mlp_ratio: hidden width of the feed-forward layers over ``width``.
+      attention: ``"softmax"`` or ``"sigmoid"``, whose n is the number of patches.
     """
 
     levels: tuple[int, ...] = (8, 5, 5, 5)
@@ -59,6 +61,7 @@ class FSQConfig:
     num_layers: int = 2
     head_dim: int = 32
     mlp_ratio: float = 2.0
+    attention: AttentionKind = "softmax"
 
     def __post_init__(self) -> None:
         """Refuses shapes that cannot be."""
@@ -107,6 +110,8 @@ class FSQConfig:
             num_layers=self.num_layers,
             head_dim=self.head_dim,
             mlp_ratio=self.mlp_ratio,
+            attention=self.attention,
+            length=math.prod(self.grid),
         )
 
 
@@ -154,9 +159,10 @@ class _Trunk(nnx.Module):
         self.positions = nnx.Param(
             fan_in_normal(rngs.params(), (num_patches, width), width)
         )
+        attention = attention_function(config.transformer)
         self.blocks = nnx.List(
             [
-                Block(config.transformer, softmax_attention, rngs=rngs)
+                Block(config.transformer, attention, rngs=rngs)
                 for _ in range(config.num_layers)
             ]
         )
@@ -319,7 +325,9 @@ def numpy_codec(model: FSQAutoencoder, batch_size: int = 64) -> NumpyCodec:
             return np.asarray(decode(params, indices)[0])
         return convert(decode, np.asarray(_checked_indices(indices, config)))
 
-    sha = hashlib.sha256(repr(config).encode())
+    # Without the default attention, which older fingerprints did not know.
+    described = repr(config).replace(", attention='softmax'", "")
+    sha = hashlib.sha256(described.encode())
     for name, leaf in sorted(named_leaves(params).items()):
         array = np.asarray(leaf)
         sha.update(f"{name}:{array.dtype.str}{array.shape}".encode() + array.tobytes())

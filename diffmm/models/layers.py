@@ -7,16 +7,21 @@ Parameters are float32 masters; every layer casts them to the dtype of its input
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from diffmm.models.attention import AttentionStatistics, attention_statistics
+from diffmm.models.config import NormKind
 from diffmm.typing import Array, AttentionFn
+from diffmm_kernels.sigmoid_attention import OUTPUT_NAME
 
-#: Name under which a checkpoint policy finds the output of an attention function.
-MIXED_VALUES = "mixed_values"
+#: Name under which a checkpoint policy finds the output of any attention function; the
+#: kernels' own, so that one policy serves both.
+MIXED_VALUES = OUTPUT_NAME
 
 _EPSILON = 1e-6
 
@@ -48,12 +53,20 @@ def linear(x: Array, kernel: Array, *, inputs: int = 1) -> Array:
     return product.reshape(*leading, *outputs)
 
 
-def rms_norm(x: Array, gain: Array) -> Array:
+def rms_norm(x: Array, gain: Array, epsilon: float = _EPSILON) -> Array:
     """``x / rms(x) · gain`` over the last axis, computed in float32."""
     x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + _EPSILON)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     gain = gain.reshape((1,) * (x.ndim - 1) + gain.shape)
     return (x32 * scale * gain).astype(x.dtype)
+
+
+def layer_norm(x: Array, gain: Array, bias: Array, epsilon: float = _EPSILON) -> Array:
+    """``(x - mean(x)) / std(x) · gain + bias`` over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    return (rms_norm(centred, gain, epsilon) + bias).astype(x.dtype)
 
 
 def rotary_angles(positions: Array, head_dim: int, base: float) -> tuple[Array, Array]:
@@ -88,25 +101,41 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
 
 
 class Norm(nnx.Module):
-    """RMS normalisation with a learned gain."""
+    """Normalisation with learned gain: RMS, or mean and variance with a bias too."""
 
-    def __init__(self, width: int) -> None:
-        """Gains start at 1."""
+    def __init__(
+        self, width: int, kind: NormKind = "rms", epsilon: float = _EPSILON
+    ) -> None:
+        """Gains start at 1, biases at 0."""
         self.gain = nnx.Param(jnp.ones((width,), jnp.float32))
+        if kind == "layer":
+            self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.kind = kind
+        self.epsilon = epsilon
 
     def __call__(self, x: Array) -> Array:
         """``[..., width]`` to the same."""
-        return rms_norm(x, self.gain[...])
+        if self.kind == "layer":
+            return layer_norm(x, self.gain[...], self.bias[...], self.epsilon)
+        return rms_norm(x, self.gain[...], self.epsilon)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with rotary positions and QK normalisation.
+    """Multi-head attention with normalised queries and keys.
 
     The gains of the QK normalisation are shared over heads.
     """
 
     def __init__(
-        self, width: int, head_dim: int, attention: AttentionFn, *, rngs: nnx.Rngs
+        self,
+        width: int,
+        head_dim: int,
+        attention: AttentionFn,
+        *,
+        rngs: nnx.Rngs,
+        qk_norm: NormKind | None = "rms",
+        epsilon: float = _EPSILON,
+        trainable_bias: Literal["layer", "head"] | None = None,
     ) -> None:
         """Kernels are ``[D, H, K]`` (query, key, value) and ``[H, K, D]`` (output)."""
         heads = width // head_dim
@@ -117,24 +146,60 @@ class Attention(nnx.Module):
         self.output = nnx.Param(
             fan_in_normal(rngs.params(), (heads, head_dim, width), width)
         )
-        self.query_norm = Norm(head_dim)
-        self.key_norm = Norm(head_dim)
+        self.query_norm = Norm(head_dim, qk_norm, epsilon) if qk_norm else None
+        self.key_norm = Norm(head_dim, qk_norm, epsilon) if qk_norm else None
+        # From 0, so that weight decay pulls the bias towards its rule.
+        sharing = {"head": (heads,), "layer": ()}
+        self.bias_offset = (
+            nnx.Param(jnp.zeros(sharing[trainable_bias], jnp.float32))
+            if trainable_bias
+            else None
+        )
         self.attention = attention
 
+    def heads(
+        self, x: Array, angles: tuple[Array, Array] | None
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values ``[B, L, H, K]`` for the attention function."""
+        query_BLHK = linear(x, self.query[...])
+        key_BLHK = linear(x, self.key[...])
+        if self.query_norm is not None:
+            query_BLHK = self.query_norm(query_BLHK)
+        if self.key_norm is not None:
+            key_BLHK = self.key_norm(key_BLHK)
+        if angles is not None:
+            query_BLHK, key_BLHK = rotate(query_BLHK, angles), rotate(key_BLHK, angles)
+        return query_BLHK, key_BLHK, linear(x, self.value[...])
+
+    def _options(self, segment_ids: Array | None) -> dict[str, Any]:
+        options: dict[str, Any] = {"segment_ids": segment_ids}
+        if self.bias_offset is not None:
+            options["bias_offset"] = self.bias_offset[...]
+        return options
+
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], segment_ids: Array | None
+        self,
+        x: Array,
+        angles: tuple[Array, Array] | None,
+        segment_ids: Array | None,
     ) -> Array:
-        """``[B, L, D]`` to the residual update ``[B, L, D]``."""
-        query_BLHK = self.query_norm(linear(x, self.query[...]))
-        key_BLHK = self.key_norm(linear(x, self.key[...]))
+        """``[B, L, D]`` to the residual update; ``angles`` None rotates nothing."""
         mixed_BLHK = self.attention(
-            rotate(query_BLHK, angles),
-            rotate(key_BLHK, angles),
-            linear(x, self.value[...]),
-            segment_ids=segment_ids,
+            *self.heads(x, angles), **self._options(segment_ids)
         )
         mixed_BLHK = checkpoint_name(mixed_BLHK, MIXED_VALUES)
         return linear(mixed_BLHK, self.output[...], inputs=2)
+
+    def statistics(
+        self,
+        x: Array,
+        angles: tuple[Array, Array] | None,
+        segment_ids: Array | None,
+    ) -> AttentionStatistics:
+        """Row mass and norms ``[H]`` of what `__call__` does with its arguments."""
+        return attention_statistics(
+            self.attention, *self.heads(x, angles), **self._options(segment_ids)
+        )
 
 
 class SwiGLU(nnx.Module):
@@ -150,3 +215,17 @@ class SwiGLU(nnx.Module):
         """``[B, L, D]`` to the residual update ``[B, L, D]``."""
         gate = jax.nn.silu(linear(x, self.gate[...]))
         return linear(gate * linear(x, self.up[...]), self.down[...])
+
+
+class GELU(nnx.Module):
+    """Feed-forward layer ``W_down gelu(W_up x)``, exact gelu, no biases."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs) -> None:
+        """Kernels are ``[D, F]`` (up) and ``[F, D]`` (down)."""
+        self.up = nnx.Param(fan_in_normal(rngs.params(), (width, hidden), width))
+        self.down = nnx.Param(fan_in_normal(rngs.params(), (hidden, width), hidden))
+
+    def __call__(self, x: Array) -> Array:
+        """``[B, L, D]`` to the residual update ``[B, L, D]``."""
+        hidden = jax.nn.gelu(linear(x, self.up[...]), approximate=False)
+        return linear(hidden, self.down[...])

@@ -1,4 +1,4 @@
-"""Named configurations of the tri-modal denoiser.
+"""Named configurations: tri-modal denoisers, and sigmoid language models.
 
 The 320M and 3B shapes are inferred from public figures (parameter totals, the share of
 embeddings, the constant ratio width / depth = 128): they are not the authors' own
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from diffmm.models.transformer import TransformerConfig
+from diffmm.models.config import TransformerConfig
+from diffmm.models.sigmoid_presets import SIGMOID_PRESETS
 
 #: Joint vocabulary of the presets: 100,277 text + 16,384 image + 1,024 audio + 13.
 TRIMODAL_VOCABULARY_SIZE = 117_698
@@ -48,6 +49,7 @@ _PRESETS = {
         compute_dtype="bfloat16",
         remat=True,
     ),
+    **SIGMOID_PRESETS,
 }
 
 PRESETS = tuple(_PRESETS)

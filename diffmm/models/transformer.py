@@ -1,4 +1,4 @@
-"""The bidirectional denoiser over one discrete stream.
+"""The transformer over one discrete stream: denoiser, or causal decoder.
 
 Letters: B rows, L row length, D width, K scored positions, V joint vocabulary.
 
@@ -8,16 +8,17 @@ diffusion time given the masked sequence.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffmm._tree import map_with_name
-from diffmm.models.attention import softmax_attention
+from diffmm.models.attention import AttentionStatistics, attention_function
+from diffmm.models.config import TransformerConfig
 from diffmm.models.layers import (
+    GELU,
     MIXED_VALUES,
     Attention,
     Norm,
@@ -27,98 +28,11 @@ from diffmm.models.layers import (
 )
 from diffmm.typing import Array, AttentionFn, Params, PredictFn
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Shape and precision of a transformer.
-
-    Attributes:
-      vocabulary_size: V, rows of the embedding and columns of the unembedding.
-      width: D.
-      num_layers: blocks, stacked on a leading axis.
-      head_dim: K; ``width / head_dim`` heads.
-      mlp_ratio: hidden width of SwiGLU over ``width``; 2 gives 10·D² per block.
-      rope_base: base of the rotary frequencies.
-      num_positions: learned absolute positions, added to the token embeddings beside
-        the rotary ones; 0 = none. Rows may not be longer then.
-      attention_residual: what the attention branch is multiplied by before it joins
-        the residual stream, for all layers or one number per layer: 1, or
-        m_depth^-α under CompleteP.
-      mlp_residual: the same of the feed-forward branch.
-      compute_dtype: dtype of activations ("float32" or "bfloat16"); parameters are
-        always float32 masters, and norms, softmax and logits always float32.
-      remat: keep only the input of each block for the backward pass. Otherwise the
-        results of its matrix products are kept and the rest is computed again.
-      scan: run the blocks by `jax.lax.scan` (compile time independent of depth);
-        False unrolls them, for inspection. Both give the same numbers.
-    """
-
-    vocabulary_size: int
-    width: int
-    num_layers: int
-    head_dim: int = 128
-    mlp_ratio: float = 2.0
-    rope_base: float = 10_000.0
-    num_positions: int = 0
-    attention_residual: float | tuple[float, ...] = 1.0
-    mlp_residual: float | tuple[float, ...] = 1.0
-    compute_dtype: str = "float32"
-    remat: bool = False
-    scan: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuses shapes that no transformer has."""
-        for name in ("vocabulary_size", "width", "num_layers", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
-        if self.num_positions < 0:
-            raise ValueError(
-                f"num_positions must not be negative, got {self.num_positions}"
-            )
-        if self.width % self.head_dim:
-            raise ValueError(
-                f"width must be a multiple of head_dim, got width={self.width} and "
-                f"head_dim={self.head_dim}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim must be even for rotary pairs, got {self.head_dim}"
-            )
-        if self.compute_dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(
-                "compute_dtype must be 'float32', 'bfloat16' or 'float16', got "
-                f"{self.compute_dtype!r}"
-            )
-        for name in ("attention_residual", "mlp_residual"):
-            value = getattr(self, name)
-            if isinstance(value, (tuple, list)) and len(value) != self.num_layers:
-                raise ValueError(
-                    f"{name} needs one number for each of num_layers="
-                    f"{self.num_layers}, got {len(value)}"
-                )
-        if self.mlp_hidden < 1:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
-
-    @property
-    def mlp_hidden(self) -> int:
-        """F, the hidden width of the feed-forward layer."""
-        return round(self.width * self.mlp_ratio)
-
-    def residuals(self) -> Array | None:
-        """Multipliers of both branches ``[num_layers, 2]``; None if all are 1."""
-        pair = (self.attention_residual, self.mlp_residual)
-        if pair == (1.0, 1.0):
-            return None
-        columns = [jnp.broadcast_to(jnp.asarray(x), self.num_layers) for x in pair]
-        return jnp.stack(columns, axis=1).astype(self.compute_dtype)
-
-
 # What the backward pass keeps of a block: results of products with weights, and the
 # mixed values of attention. Norms, rotations, gates and attention weights are cheap to
 # compute again and expensive to write and read: without a policy a scan stores every
-# intermediate of every layer, which is larger and, on CPU, slower.
+# intermediate of every layer, which is larger and, on CPU, slower. Sigmoid attention
+# needs only its inputs to go back, so that its forward pass is not run again.
 _save_matrix_products = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(MIXED_VALUES),
@@ -126,30 +40,73 @@ _save_matrix_products = jax.checkpoint_policies.save_from_both_policies(
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then SwiGLU."""
+    """Pre-norm residual block: attention, then the feed-forward layer.
+
+    ``x + m · γ · norm2(branch(norm1(x)))`` twice: the second norm with ``hybrid_norm``,
+    the gain γ per channel with ``layer_scale``, the multiplier m from outside.
+    """
 
     def __init__(
         self, config: TransformerConfig, attention: AttentionFn, *, rngs: nnx.Rngs
     ) -> None:
         """See `TransformerConfig`."""
-        width = config.width
-        self.attention_norm = Norm(width)
-        self.attention = Attention(width, config.head_dim, attention, rngs=rngs)
-        self.mlp_norm = Norm(width)
-        self.mlp = SwiGLU(width, config.mlp_hidden, rngs=rngs)
+        width, hidden = config.width, config.mlp_hidden
+
+        def norm() -> Norm:
+            return Norm(width, config.norm, config.norm_epsilon)
+
+        def gain() -> nnx.Param | None:
+            if config.layer_scale is None:
+                return None
+            return nnx.Param(jnp.full((width,), config.layer_scale, jnp.float32))
+
+        self.attention_norm = norm()
+        self.attention = Attention(
+            width,
+            config.head_dim,
+            attention,
+            rngs=rngs,
+            qk_norm=config.qk_norm,
+            epsilon=config.norm_epsilon,
+            trainable_bias=config.trainable_bias,
+        )
+        self.attention_post_norm = norm() if config.hybrid_norm else None
+        self.attention_scale = gain()
+        self.mlp_norm = norm()
+        feed_forward = SwiGLU if config.mlp == "swiglu" else GELU
+        self.mlp = feed_forward(width, hidden, rngs=rngs)
+        self.mlp_post_norm = norm() if config.hybrid_norm else None
+        self.mlp_scale = gain()
 
     def __call__(
         self,
         x: Array,
-        angles: tuple[Array, Array],
+        angles: tuple[Array, Array] | None,
         segment_ids: Array | None,
         residuals: Array | None = None,
     ) -> Array:
         """``[B, L, D]`` to ``[B, L, D]``; ``residuals [2]`` multiply the branches."""
         mixed = self.attention(self.attention_norm(x), angles, segment_ids)
+        mixed = _end_of_branch(mixed, self.attention_post_norm, self.attention_scale)
         x = x + (mixed if residuals is None else residuals[0] * mixed)
         hidden = self.mlp(self.mlp_norm(x))
+        hidden = _end_of_branch(hidden, self.mlp_post_norm, self.mlp_scale)
         return x + (hidden if residuals is None else residuals[1] * hidden)
+
+    def attention_statistics(
+        self,
+        x: Array,
+        angles: tuple[Array, Array] | None,
+        segment_ids: Array | None,
+    ) -> AttentionStatistics:
+        """What attention does to the size of values in this block; ``[H]`` each."""
+        return self.attention.statistics(self.attention_norm(x), angles, segment_ids)
+
+
+def _end_of_branch(x: Array, norm: Norm | None, gain: nnx.Param | None) -> Array:
+    if norm is not None:
+        x = norm(x)
+    return x if gain is None else x * gain[...].astype(x.dtype)[None, None]
 
 
 def _stacked_blocks(
@@ -168,9 +125,10 @@ def _stacked_blocks(
 
 
 class Denoiser(nnx.Module):
-    """Bidirectional transformer that predicts clean tokens from partly masked ones.
+    """Transformer over tokens; without ``causal`` it predicts clean from masked ones.
 
-    Pre-RMSNorm, per-head QK normalisation, RoPE, SwiGLU, untied embeddings.
+    Pre-norm, QK normalisation per head, RoPE or ALiBi, untied embeddings; attention by
+    softmax or sigmoid.
 
     Example:
       >>> config = TransformerConfig(
@@ -185,28 +143,38 @@ class Denoiser(nnx.Module):
         config: TransformerConfig,
         *,
         rngs: nnx.Rngs,
-        attention: AttentionFn = softmax_attention,
+        attention: AttentionFn | None = None,
     ) -> None:
         """Draws parameters from ``rngs.params``.
 
         Args:
-          config: shape and precision.
+          config: shape, precision and recipe.
           rngs: random streams; only ``params`` is used.
-          attention: any function of `diffmm.typing.AttentionFn`.
+          attention: any function of `diffmm.typing.AttentionFn`, instead of the one
+            that ``config`` asks for.
         """
         self.config = config
+        if attention is None:
+            attention = attention_function(config)
         width = config.width
         shape = (config.vocabulary_size, width)
-        self.embedding = nnx.Param(fan_in_normal(rngs.params(), shape, 1))
+        self.embedding = nnx.Param(
+            fan_in_normal(rngs.params(), shape, 1) * config.embedding_std
+        )
         if config.num_positions:
             self.position_embedding = nnx.Param(
                 fan_in_normal(rngs.params(), (config.num_positions, width), 1)
+                * config.embedding_std
             )
         self.blocks = _stacked_blocks(config, attention, rngs.params())
-        self.final_norm = Norm(width)
+        self.final_norm = Norm(width, config.norm, config.norm_epsilon)
         # N(0, 1/D²): logits start near 0, hence the loss near log V, at every width.
+        shape = (width, config.vocabulary_size)
+        std = config.unembedding_std
         self.unembedding = nnx.Param(
-            fan_in_normal(rngs.params(), (width, config.vocabulary_size), width**2)
+            fan_in_normal(rngs.params(), shape, width**2)
+            if std is None
+            else fan_in_normal(rngs.params(), shape, 1) * std
         )
 
     def hidden(
@@ -228,6 +196,39 @@ class Denoiser(nnx.Module):
         Raises:
           ValueError: rows longer than ``num_positions`` of a model that has them.
         """
+
+        def apply_block(
+            block: Block, x: Array, angles: Any, residuals: Array | None
+        ) -> tuple[Array, None]:
+            return block(x, angles, segment_ids, residuals), None
+
+        x, _ = self._run(apply_block, tokens, positions)
+        return self.final_norm(x)
+
+    def attention_statistics(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> AttentionStatistics:
+        """Row mass and norms of attention, ``[num_layers, H]`` each.
+
+        A forward pass of its own, in memory linear in L with sigmoid attention;
+        arguments as in `hidden`.
+        """
+
+        def observe_block(
+            block: Block, x: Array, angles: Any, residuals: Array | None
+        ) -> tuple[Array, AttentionStatistics]:
+            statistics = block.attention_statistics(x, angles, segment_ids)
+            return block(x, angles, segment_ids, residuals), statistics
+
+        return self._run(observe_block, tokens, positions)[1]
+
+    def _run(
+        self, apply: Callable[..., Any], tokens: Array, positions: Array | None
+    ) -> tuple[Array, Any]:
+        """Embeds, and applies ``apply(block, x, angles, residuals)`` layer by layer."""
         config = self.config
         if config.num_positions and tokens.shape[1] > config.num_positions:
             raise ValueError(
@@ -238,29 +239,30 @@ class Denoiser(nnx.Module):
             positions = jnp.broadcast_to(
                 jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
             )
-        angles = rotary_angles(positions, config.head_dim, config.rope_base)
+        angles = None
+        if config.positions == "rope":
+            angles = rotary_angles(positions, config.head_dim, config.rope_base)
         x = self.embedding[...][tokens]
         if config.num_positions:
             x = x + self.position_embedding[...][positions]
         x = x.astype(config.compute_dtype)
         graphdef, stacked = nnx.split(self.blocks)
 
-        def apply_block(x: Array, layer: Any) -> tuple[Array, None]:
+        def step(x: Array, layer: Any) -> tuple[Array, Any]:
             state, residuals = layer
-            return nnx.merge(graphdef, state)(x, angles, segment_ids, residuals), None
+            return apply(nnx.merge(graphdef, state), x, angles, residuals)
 
-        apply_block = jax.checkpoint(
-            apply_block, policy=None if config.remat else _save_matrix_products
+        step = jax.checkpoint(
+            step, policy=None if config.remat else _save_matrix_products
         )
         layers = (stacked, config.residuals())
         if config.scan:
-            x, _ = jax.lax.scan(apply_block, x, layers)
-        else:
-            for index in range(config.num_layers):
-                x, _ = apply_block(
-                    x, jax.tree.map(lambda leaf, i=index: leaf[i], layers)
-                )
-        return self.final_norm(x)
+            return jax.lax.scan(step, x, layers)
+        outputs = []
+        for index in range(config.num_layers):
+            x, output = step(x, jax.tree.map(lambda leaf, i=index: leaf[i], layers))
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     def __call__(
         self,
@@ -307,53 +309,3 @@ def predict_fn(graphdef: Any) -> PredictFn:
         return unembed(hidden_BKD, model.unembedding[...])
 
     return predict
-
-
-_LOGICAL_AXES = {
-    "embedding": ("vocab", "embed"),
-    "position_embedding": ("sequence", "embed"),
-    "unembedding": ("embed", "vocab"),
-    "blocks/attention/query": ("layers", "embed", "heads", "head_dim"),
-    "blocks/attention/key": ("layers", "embed", "heads", "head_dim"),
-    "blocks/attention/value": ("layers", "embed", "heads", "head_dim"),
-    "blocks/attention/output": ("layers", "heads", "head_dim", "embed"),
-    "blocks/attention/query_norm/gain": ("layers", "head_dim"),
-    "blocks/attention/key_norm/gain": ("layers", "head_dim"),
-    "blocks/attention_norm/gain": ("layers", "embed"),
-    "blocks/mlp_norm/gain": ("layers", "embed"),
-    "blocks/mlp/gate": ("layers", "embed", "mlp"),
-    "blocks/mlp/up": ("layers", "embed", "mlp"),
-    "blocks/mlp/down": ("layers", "mlp", "embed"),
-    "final_norm/gain": ("embed",),
-}
-
-
-def logical_axes(params: Params) -> Params:
-    """Names every axis of every parameter of a `Denoiser`, for the sharding table.
-
-    Args:
-      params: state of a `Denoiser` (arrays or `jax.ShapeDtypeStruct`).
-
-    Returns:
-      The same tree with a tuple of axis names at each leaf.
-    """
-    return map_with_name(lambda name, _: _LOGICAL_AXES[name], params)
-
-
-def num_parameters(params: Params) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def training_flops_per_token(config: TransformerConfig, length: int) -> int:
-    """Forward and backward FLOPs per token, logits at every position.
-
-    ``6·N_blocks + 6·V·D + 12·layers·D·L`` (attention bidirectional), matrices only.
-    """
-    d = config.width
-    block = 4 * d * d + 3 * d * config.mlp_hidden
-    return (
-        6 * config.num_layers * block
-        + 6 * config.vocabulary_size * d
-        + 12 * config.num_layers * d * length
-    )

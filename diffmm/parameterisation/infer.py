@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -79,6 +80,7 @@ def infer(
     _all_used(sizes.target, overrides, blocks)
     problems: list[str] = []
     leaves = {}
+    chosen = {}
     for name, shape in sizes.target.items():
         found = [p for p in overrides if p.matches(name)] or [
             p for p in patterns if p.matches(name)
@@ -88,6 +90,7 @@ def infer(
                 paths = [p.path for p in found]
                 raise ValueError(f"matches {paths}" if found else "no pattern matches")
             leaves[name] = _leaf(name, found[0], sizes)
+            chosen[name] = found[0]
         except ValueError as error:
             problems.append(f"{name} {shape}: {error}")
     if problems:
@@ -95,7 +98,27 @@ def infer(
             "patterns: every leaf needs exactly one that fits:\n  "
             + "\n  ".join(problems)
         )
-    return leaves
+    return _one_end_per_branch(leaves, chosen, sizes)
+
+
+def _one_end_per_branch(
+    leaves: dict[str, Leaf], patterns: dict[str, Pattern], sizes: _Sizes
+) -> dict[str, Leaf]:
+    """Leaves before the one that ends their branch lose the mark of its end."""
+
+    def branch(leaf: Leaf) -> tuple[str | None, str]:
+        return sizes.places[leaf.name].stream, leaf.residual
+
+    last: dict[tuple[str | None, str], int] = {}
+    for name, leaf in leaves.items():
+        order = patterns[name].residual_order
+        last[branch(leaf)] = max(order, last.get(branch(leaf), 0))
+    return {
+        name: leaf
+        if patterns[name].residual_order == last[branch(leaf)] or not leaf.residual
+        else dataclasses.replace(leaf, residual="")
+        for name, leaf in leaves.items()
+    }
 
 
 _Shapes = dict[str, tuple[int, ...]]

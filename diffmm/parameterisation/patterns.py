@@ -29,6 +29,8 @@ class Pattern:
         and for tied embeddings.
       residual: ``"attn.res"`` or ``"mlp.res"`` for the last map of a residual branch,
         its bias, or the gain that ends the branch.
+      residual_order: where several leaves of a model claim the end of one branch, only
+        those of the highest order have it: a norm after the last map takes it over.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Pattern:
     out_axes: tuple[int, ...] | None = None
     role: Role | None = None
     residual: str = ""
+    residual_order: int = 0
 
     def matches(self, name: str) -> bool:
         """Whether a path ends in this pattern."""
@@ -73,6 +76,30 @@ class Blocks:
         return re.search(rf"(?:^|(?<=/))(?:{self.path})(?=/)", name)
 
 
+def _end_of_branch(branch: str, module: str) -> tuple[Pattern, ...]:
+    """A second norm and a gain per channel, in this order, after the last map."""
+    residual = f"{module}.res"
+    return (
+        *(
+            Pattern(
+                path=f"{branch}_post_norm/{leaf}",
+                module=f"{module}.post_norm" + ("_bias" if leaf == "bias" else ""),
+                kind="bias" if leaf == "bias" else "gain",
+                residual=residual,
+                residual_order=1,
+            )
+            for leaf in ("gain", "bias")
+        ),
+        Pattern(
+            path=f"{branch}_scale",
+            module=f"{module}.scale",
+            kind="gain",
+            residual=residual,
+            residual_order=2,
+        ),
+    )
+
+
 #: `diffmm.models.Denoiser`, blocks stacked.
 DENOISER = (
     Pattern(path="embedding", module="embed", kind="embedding"),
@@ -81,17 +108,25 @@ DENOISER = (
     Pattern(
         path="final_norm/gain", module="final_norm", kind="gain", role=Role.FINAL_GAIN
     ),
+    Pattern(path="final_norm/bias", module="final_norm_bias", kind="bias"),
     Pattern(path="attention_norm/gain", module="attn.pre_norm", kind="gain"),
+    Pattern(path="attention_norm/bias", module="attn.pre_norm_bias", kind="bias"),
     Pattern(path="attention/query", module="attn.q"),
     Pattern(path="attention/key", module="attn.k"),
     Pattern(path="attention/value", module="attn.v"),
     Pattern(path="attention/output", module="attn.o", residual="attn.res"),
     Pattern(path="attention/query_norm/gain", module="attn.q_norm", kind="gain"),
+    Pattern(path="attention/query_norm/bias", module="attn.q_norm_bias", kind="bias"),
     Pattern(path="attention/key_norm/gain", module="attn.k_norm", kind="gain"),
+    Pattern(path="attention/key_norm/bias", module="attn.k_norm_bias", kind="bias"),
+    Pattern(path="attention/bias_offset", module="attn.logit_bias", kind="bias"),
+    *_end_of_branch("attention", "attn"),
     Pattern(path="mlp_norm/gain", module="mlp.pre_norm", kind="gain"),
+    Pattern(path="mlp_norm/bias", module="mlp.pre_norm_bias", kind="bias"),
     Pattern(path="mlp/gate", module="mlp.gate"),
     Pattern(path="mlp/up", module="mlp.up"),
     Pattern(path="mlp/down", module="mlp.down", residual="mlp.res"),
+    *_end_of_branch("mlp", "mlp"),
 )
 DENOISER_BLOCKS = (Blocks(path="blocks", stack_axis=0),)
 

@@ -7,6 +7,7 @@ References:
   arXiv 2409.04431.
 """
 
+from diffmm_kernels.sigmoid_attention.alibi import alibi_slopes as alibi_slopes
 from diffmm_kernels.sigmoid_attention.api import OUTPUT_NAME as OUTPUT_NAME
 from diffmm_kernels.sigmoid_attention.api import explain_dispatch as explain_dispatch
 from diffmm_kernels.sigmoid_attention.api import (
@@ -15,6 +16,13 @@ from diffmm_kernels.sigmoid_attention.api import (
 from diffmm_kernels.sigmoid_attention.api import sigmoid_attention as sigmoid_attention
 from diffmm_kernels.sigmoid_attention.config import Config as Config
 from diffmm_kernels.sigmoid_attention.config import Tiles as Tiles
+from diffmm_kernels.sigmoid_attention.decode import sigmoid_decode as sigmoid_decode
 from diffmm_kernels.sigmoid_attention.dispatch import (
     IMPLEMENTATIONS as IMPLEMENTATIONS,
+)
+from diffmm_kernels.sigmoid_attention.sharded import (
+    sigmoid_attention_sharded as sigmoid_attention_sharded,
+)
+from diffmm_kernels.sigmoid_attention.varlen import (
+    sigmoid_attention_varlen as sigmoid_attention_varlen,
 )

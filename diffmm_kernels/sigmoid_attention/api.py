@@ -145,19 +145,19 @@ def sigmoid_attention(
 
 def attend(operands: Operands, options: Options, name: Name | None) -> Any:
     """Chooses an implementation, reports it once, and calls it."""
-    operands = uniformly_varying(operands)
     device = dispatch.current_device()
     choice = dispatch.choose(operands, options, name, device)
     q, k = operands.q, operands.k
     dispatch.report(choice, device, f"{q.dtype} q {q.shape}, k {k.shape}")
 
     def run(operands: Operands) -> Any:
+        operands = uniformly_varying(operands)
         if choice.name == "reference":
             return reference.forward(operands, options)
         return _attend(choice._replace(reasons=()), options, operands)
 
     with jax.named_scope("sigmoid_attention"):
-        return partitioning.automatic(run, operands)
+        return partitioning.on_shards(run, operands)
 
 
 def _forward(choice: Choice, options: Options, operands: Operands) -> Any:

@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
 from diffmm_kernels.sigmoid_attention.arguments import (
     Gradients,
@@ -44,16 +49,36 @@ _GRADIENT_AXES = Gradients(q="BTHD", k="BSKD", v="BSKE", bias="BH", logit_bias="
 _OUTPUT_AXES = "BTHE"
 
 
-def automatic(f: Callable[[Operands], Any], operands: Operands) -> Any:
-    """``f(operands)`` where meshes have explicit axes: ``f`` sees automatic ones.
+def on_shards(f: Callable[[Operands], Any], operands: Operands) -> Any:
+    """``f(operands)``; of a mesh with explicit axes, on each device's own part.
 
-    The output is sharded as q is, but for the head size.
+    There the types of the operands say how they are sharded, and the output must come
+    out sharded as q is, but for the head size.
     """
     sharding = jax.typeof(operands.q).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    mesh, kinds = sharding.mesh, sharding.mesh.axis_types
+    explicit = {
+        name
+        for name, kind in zip(mesh.axis_names, kinds, strict=True)
+        if kind == AxisType.Explicit
+    }
+    if not explicit:
         return f(operands)
-    out = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:3], None))
-    return jax.sharding.auto_axes(f, out_sharding=out)(operands)
+    inputs = _Present(Operands, operands)
+    split = _split(mesh, jax.typeof(operands.q), _sizes(operands))
+    specs = tuple(split.spec(axes) for axes in inputs.axes(_OPERAND_AXES, operands))
+    arrays = (
+        jax.reshard(x, NamedSharding(mesh, spec))
+        for x, spec in zip(inputs.arrays(operands), specs, strict=True)
+    )
+    o = jax.shard_map(
+        lambda *arrays: f(split.own_heads(inputs.tree(arrays))),
+        mesh=mesh,
+        axis_names=explicit,
+        in_specs=specs,
+        out_specs=split.spec(_OUTPUT_AXES),
+    )(*arrays)
+    return jax.reshard(o, NamedSharding(mesh, PartitionSpec(*sharding.spec[:3], None)))
 
 
 def forward(module: Implementation, operands: Operands, options: Options) -> Any:
@@ -221,9 +246,11 @@ class _Split(NamedTuple):
     def of(self, axis: str) -> tuple[str, ...]:
         return {"B": self.batch, "K": self.kv, "H": self.kv + self.group}.get(axis, ())
 
+    def spec(self, axes: str) -> PartitionSpec:
+        return PartitionSpec(*(self.of(axis) or None for axis in axes))
+
     def sharding(self, axes: str) -> NamedSharding:
-        spec = PartitionSpec(*(self.of(axis) or None for axis in axes))
-        return NamedSharding(self.mesh, spec)
+        return NamedSharding(self.mesh, self.spec(axes))
 
     def _own_head(self) -> Any:
         size = _product(self.mesh, self.group)

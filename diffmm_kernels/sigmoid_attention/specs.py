@@ -17,37 +17,12 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from diffmm_kernels.sigmoid_attention.alibi import alibi_slopes
+
 Pass = Literal["forward", "backward", "both"]
 
 #: Work of the two passes in units of the forward pass: 2 and 5 matrix products.
 WORK: dict[Pass, float] = {"forward": 1.0, "backward": 2.5, "both": 3.5}
-
-
-def alibi_slopes(heads: int) -> np.ndarray:
-    """The slopes of ALiBi, float32 ``[heads]``.
-
-    ``2^(-8 (h + 1) / H)`` for H a power of two; otherwise those of the largest power
-    of two H' below H, followed by every second one of 2H'.
-
-    Args:
-      heads: H.
-
-    References:
-      Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input
-      Length Extrapolation", arXiv 2108.12409.
-
-    >>> alibi_slopes(8)[:2].tolist()
-    [0.5, 0.25]
-    """
-
-    def power_of_two(n: int) -> np.ndarray:
-        return 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
-
-    if heads < 1:
-        raise ValueError(f"heads must be at least 1, got {heads}")
-    power = 1 << (heads.bit_length() - 1)
-    extra = power_of_two(2 * power)[::2][: heads - power]
-    return np.concatenate([power_of_two(power), extra]).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ def result_struct(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """What a kernel declares of a result that varies over the axes of ``like``."""
     aval = jax.typeof(like)
     axes = getattr(aval, "manual_axis_type", None)
-    if axes is None:
-        return jax.ShapeDtypeStruct(shape, dtype, vma=aval.vma)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+    keyword: dict[str, Any] = (
+        {"vma": aval.vma} if axes is None else {"manual_axis_type": axes}
+    )
+    return jax.ShapeDtypeStruct(shape, dtype, **keyword)

@@ -58,3 +58,59 @@ def test_train_resume_score_and_report(example, tmp_path, capsys):
 def test_bad_shares_are_named(example):
     with pytest.raises(ValueError, match="shares must read like"):
         example.parse_shares("text:0.5")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_attention_is_one_flag(example, tmp_path, monkeypatch):
+    """Training, bounds and samplers all go through sigmoid attention then."""
+    from diffmm.models import attention
+
+    calls = {}
+
+    def traced(query, *arguments, **options):
+        rows, length = query.shape[:2]
+        calls[rows, length] = options["bias"]
+        return real(query, *arguments, **options)
+
+    real = attention.sigmoid_attention
+    monkeypatch.setattr(attention, "sigmoid_attention", traced)
+    # One sampler is enough here, and no report.
+    monkeypatch.setattr(example.trimodal_evaluation, "TASKS", ("a2t",))
+    monkeypatch.setattr(example.trimodal_evaluation, "fill_gaps", lambda *_: {})
+    monkeypatch.setattr(example.trimodal_report, "write", lambda *_: None)
+    config = example.Config(
+        workdir=str(tmp_path / "run"), steps=2, attention="sigmoid", **TINY
+    )
+    figures = example.train(config)["figures"]
+    # Whatever is traced, also the shorter rows of a sampler, b is that of training.
+    length = max(length for _, length in calls)
+    assert min(length for _, length in calls) < length
+    np.testing.assert_allclose(list(calls.values()), -np.log(length), rtol=1e-12)
+    assert figures["attention"] == "sigmoid"
+    assert figures["final"]["records"] >= 1
+    assert np.isfinite(figures["final"]["loss"])
+    bits = figures["validation_bits"]
+    assert set(bits) == {"all", "text", "image", "audio", "length"}
+    tokens = [
+        (entry["value"] * entry["tokens"], entry["tokens"])
+        for groups in figures["bits_per_token"].values()
+        for entry in groups.values()
+    ]
+    np.testing.assert_allclose(bits["all"], np.divide(*np.sum(tokens, axis=0)))
+
+
+def test_switching_attention_changes_one_field(example):
+    class Data:
+        length = 96
+
+        class vocabulary:  # noqa: N801
+            padded_size = 512
+
+    shapes = [
+        vars(example.model_config(example.Config(attention=kind), Data))
+        for kind in ("softmax", "sigmoid")
+    ]
+    differing = {name for name in shapes[0] if shapes[0][name] != shapes[1][name]}
+    assert differing == {"attention"}
+    with pytest.raises(ValueError, match="attention must be one of"):
+        example.model_config(example.Config(attention="linear"), Data)

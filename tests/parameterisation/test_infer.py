@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import pathlib
+import re
 
 import equinox as eqx
 import flax.linen as nn
@@ -15,6 +16,7 @@ from flax import nnx
 
 from diffmm.models import Denoiser, TransformerConfig, preset
 from diffmm.parameterisation.infer import infer
+from diffmm.parameterisation.initialise import scaled_forward
 from diffmm.parameterisation.leaf import Role
 from diffmm.parameterisation.patterns import (
     EXPERTS,
@@ -73,6 +75,75 @@ def test_the_denoiser_and_no_array_is_allocated():
     )
     ends = {name for name, leaf in leaves.items() if leaf.residual}
     assert ends == {"blocks/attention/output", "blocks/mlp/down"}
+
+
+SIGMOID = {
+    "attention": "sigmoid",
+    "length": 16,
+    "trainable_bias": "head",
+    "qk_norm": "layer",
+    "norm": "layer",
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "ends"),
+    [
+        ({}, {"attention/output", "mlp/down"}),
+        (
+            {"hybrid_norm": True},
+            {
+                f"{b}_post_norm/{x}"
+                for b in ("attention", "mlp")
+                for x in ("gain", "bias")
+            },
+        ),
+        ({"layer_scale": 1e-4}, {"attention_scale", "mlp_scale"}),
+        (
+            {"hybrid_norm": True, "layer_scale": 1e-4, "mlp": "gelu"},
+            {"attention_scale", "mlp_scale"},
+        ),
+    ],
+    ids=["bare", "hybrid norm", "layer scale", "both"],
+)
+def test_what_sigmoid_attention_brings_along(more, ends):
+    """New leaves have roles, and one place of each branch takes m_depth^-alpha."""
+    base, target = small(32, 2, **SIGMOID, **more), small(64, 6, **SIGMOID, **more)
+    leaves = infer(denoiser, base, target)
+    hidden = {name: leaf for name, leaf in leaves.items() if name != "final_norm/bias"}
+    # Gains of q and k are [head_dim], their biases too: finite, unlike hidden biases.
+    finite = {name for name in hidden if re.search("(query|key)_norm/bias", name)}
+    check_against_roles(
+        {name: leaf for name, leaf in hidden.items() if name not in finite}, 2.0, 3.0
+    )
+    assert {name for name, leaf in leaves.items() if leaf.residual} == {
+        f"blocks/{end}" for end in ends
+    }
+    roles = {name: leaf.role for name, leaf in leaves.items()}
+    assert roles["blocks/attention/bias_offset"] is Role.HIDDEN_BIAS
+    assert roles["blocks/attention_norm/bias"] is Role.HIDDEN_BIAS
+    assert all(leaves[name].m_out == 1.0 for name in finite)
+    for name in ends - {"attention/output", "mlp/down"}:
+        bias = name.endswith("bias")
+        assert roles[f"blocks/{name}"] is (Role.HIDDEN_BIAS if bias else Role.GAIN)
+        assert not leaves[f"blocks/{name}"].matrix  # weight decay leaves it alone
+
+
+def test_an_absorbed_multiplier_goes_to_the_end_of_the_branch():
+    """A factor absorbed into the last gain is the one that the model multiplies by."""
+    more = {"hybrid_norm": True, "layer_scale": 0.5}
+    leaves = infer(denoiser, small(32, 2, **more), small(32, 4, **more))
+    multipliers = evaluate(CompletedP(), leaves)
+    params = denoiser(small(32, 4, **more))
+    explicit = small(32, 4, **more, attention_residual=0.5, mlp_residual=0.5)
+    outputs = []
+    for config, values in [
+        (small(32, 4, **more), scaled_forward(multipliers, params)),
+        (explicit, params),
+    ]:
+        graphdef = nnx.split(Denoiser(config, rngs=nnx.Rngs(0)))[0]
+        outputs.append(nnx.merge(graphdef, values)(jnp.arange(6)[None]))
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
 
 
 def test_widths_that_scale_apart_get_their_own_ratios():
