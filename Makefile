@@ -10,12 +10,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python
 
-.PHONY: demo test test-slow lint types wheel benchmarks clean help
+.PHONY: demo test test-slow test-kernels lint types wheel benchmarks clean help
 
 help:
 	@echo "make demo   train, sample and score the tri-modal model; report in runs/demo"
 	@echo "make test   run the test suite"
-	@echo "make lint types test-slow wheel benchmarks clean"
+	@echo "make lint types test-slow test-kernels wheel benchmarks clean"
 
 # One environment, two levels of extras; a finished one is used again until
 # pyproject.toml changes.
@@ -33,6 +33,10 @@ test: $(VENV)/test.stamp
 test-slow: $(VENV)/test.stamp
 	@$(RUN) -m pytest -n 2 -m slow $(ARGS)
 
+# Needs no other target: it finds or makes an environment of its own.
+test-kernels:
+	@$(PYTHON) .ci/kernels.py $(VENV)-kernels $(ARGS)
+
 lint: $(VENV)/test.stamp
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -49,6 +53,7 @@ benchmarks: $(VENV)/test.stamp
 	@$(RUN) benchmarks/train_step.py
 	@$(RUN) benchmarks/data_pipeline.py
 	@$(RUN) benchmarks/optimizer.py
+	@$(RUN) benchmarks/sigmoid_cpu.py
 
 clean:
-	@rm -rf $(VENV) runs dist build
+	@rm -rf $(VENV) $(VENV)-kernels runs dist build

@@ -10,7 +10,11 @@ PIP = ("-m", "pip", "install", "--quiet", "--no-deps")
 CHECK = """
 import sys
 import diffmm, diffmm.data, diffmm.diffusion, diffmm.models, diffmm.samplers
-import diffmm.optim, diffmm.parameterisation, diffmm.training, diffmm_kernels
+import diffmm.optim, diffmm.parameterisation, diffmm.training
+import importlib.resources
+import diffmm_kernels.sigmoid_attention as kernels
+tables = importlib.resources.files(kernels) / "tables"
+assert (tables / "mosaic_gpu_forward.json").is_file(), "tables are missing"
 assert "site" in diffmm.__file__, diffmm.__file__
 print("wheel of diffmm", diffmm.__version__, "imports from", diffmm.__file__)
 """
