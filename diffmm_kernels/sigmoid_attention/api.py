@@ -160,9 +160,16 @@ def attend(operands: Operands, options: Options, name: Name | None) -> Any:
         return partitioning.on_shards(run, operands)
 
 
+def _calls_back(name: Name, options: Options) -> bool:
+    """The interpreter of Hopper kernels calls the host, which cannot be partitioned."""
+    return name == "mosaic_gpu" and bool(options.interpret)
+
+
 def _forward(choice: Choice, options: Options, operands: Operands) -> Any:
     def run(name: Name, operands: Operands) -> Any:
         module = dispatch.implementation(name)
+        if _calls_back(name, options):
+            return module.forward(operands, options)
         return partitioning.forward(module, operands, options)
 
     def anywhere(operands: Operands) -> Any:
@@ -182,6 +189,8 @@ def _backward(
 ) -> Gradients:
     def run(name: Name, operands: Operands, do: Any) -> Gradients:
         module = dispatch.implementation(name)
+        if _calls_back(name, options):
+            return module.backward(operands, options, do, needs)
         return partitioning.backward(module, operands, options, do, needs)
 
     def anywhere(operands: Operands, do: Any) -> Gradients:

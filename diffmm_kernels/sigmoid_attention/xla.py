@@ -32,7 +32,8 @@ from diffmm_kernels.sigmoid_attention.visibility import (
 # Scores of one tile over all units of a group: 4 MB in float32. Smaller tiles cost more
 # in starting operations, larger ones leave the cache.
 _TILE_SCORES = 1 << 20
-_TILE_SIDE = 512
+_TILE_SIDE_Q = 512
+_TILE_SIDE_KV = 256
 
 
 def supports(operands: Operands, options: Options) -> str | None:
@@ -69,9 +70,11 @@ def _layout(operands: Operands, tiles: Tiles | None) -> _Layout:
         return -(-length // num), num
 
     if tiles is None:
-        side_q = max(1, _TILE_SIDE // heads_per_unit) if t > _TILE_SIDE else _TILE_SIDE
+        side_q = _TILE_SIDE_Q
+        if t > side_q:
+            side_q = max(1, side_q // heads_per_unit)
         block_q, num_q = even(t, side_q)
-        block_kv, num_kv = even(s, _TILE_SIDE)
+        block_kv, num_kv = even(s, _TILE_SIDE_KV)
     else:
         block_q, num_q = min(t, tiles.block_q), -(-t // min(t, tiles.block_q))
         block_kv, num_kv = min(s, tiles.block_kv), -(-s // min(s, tiles.block_kv))

@@ -61,6 +61,7 @@ def test_bad_shares_are_named(example):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_the_attention_is_one_flag(example, tmp_path, monkeypatch):
     """Training, bounds and samplers all go through sigmoid attention then."""
     from diffmm.models import attention

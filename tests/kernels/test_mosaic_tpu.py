@@ -160,6 +160,7 @@ def test_over_many_tiles(name):
     check(over_many_tiles(name)(*arrays), arrays, keywords)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lengths"])
 def test_memory_that_nobody_wrote_is_not_read(name):
     """In the interpreter that models a TPU's memories, which start as NaN."""
