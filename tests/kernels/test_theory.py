@@ -97,7 +97,7 @@ def test_jacobian_is_the_derivative(activation):
 
 @pytest.mark.parametrize("std", [1.0, 3.0])
 @pytest.mark.parametrize("d", [8, 16])
-@pytest.mark.parametrize("n", [1, 8, 32])
+@pytest.mark.parametrize("n", [1, 8, pytest.param(32, marks=pytest.mark.slow)])
 def test_bounds_hold(n, d, std):
     rounding = 1 + 1e-12  # for one token the bounds coincide
     for seed in range(3):
@@ -118,7 +118,7 @@ def test_bounds_hold(n, d, std):
                 assert bound.first <= bound.second * rounding
 
 
-@pytest.mark.parametrize("n", [32, 64, 128])
+@pytest.mark.parametrize("n", [32, 64, pytest.param(128, marks=pytest.mark.slow)])
 def test_the_bias_lowers_the_norm(n):
     for seed in range(3 if n < 64 else 1):
         arguments = head(n, 8, seed=seed)

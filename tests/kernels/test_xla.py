@@ -19,6 +19,7 @@ class TestXla(SigmoidAttentionContract):
     implementation = "xla"
 
 
+@pytest.mark.slow
 class TestXlaInSmallTiles(SigmoidAttentionContract):
     """Several tiles in both directions, of sizes that do not divide each other."""
 
