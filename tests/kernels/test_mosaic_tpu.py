@@ -50,7 +50,8 @@ IN_SMALL_TILES = Config(forward=SMALL, backward=SMALL)
 # The tests over many tiles below have the like.
 SLOW_CASES = (
     *("small_heads", "causal", "causal_aligned_last", "window", "window_causal"),
-    *("segments", "lengths", "alibi", "mask", "logit_bias"),
+    *("segments", "segments_causal", "lengths", "alibi", "mask", "mask_of_keys"),
+    *("full", "logit_bias"),
 )
 
 
