@@ -144,8 +144,139 @@ class PredictFn(Protocol):
         ...
 
 
+@runtime_checkable
+class FeatureFn(Protocol):
+    """A denoiser that hands out what comes before its unembedding.
+
+    Its other half is a `PredictFn`. Samplers then unembed few positions at a time: the
+    float32 logits of all scored positions never exist together.
+    """
+
+    def features(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        scored: Array,
+    ) -> Any:
+        """Arguments as in `PredictFn`; a pytree of arrays ``[B, K, ...]``."""
+        ...
+
+    def logits(self, params: Params, features: Any) -> Array:
+        """Features ``[..., D]`` to logits ``[..., V]``, position by position."""
+        ...
+
+
+@runtime_checkable
+class CachedFn(Protocol):
+    """A denoiser that can keep keys and values of positions and renew some of them.
+
+    Attributes:
+      causal_block: 0 if every position sees every other of its segment; else positions
+        see their own block ``position // causal_block`` and those before it, and
+        finished blocks never change.
+      shift: 0 if logits at i predict position i; 1 if they predict i + 1.
+    """
+
+    causal_block: int
+    shift: int
+
+    def empty_cache(self, params: Params, num_rows: int, row_length: int) -> Any:
+        """A pytree of arrays whose second axis are the rows, ``[layers, B, …]``."""
+        ...
+
+    def cached_features(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        scored: Array,
+        cache: Any,
+        queries: Array | None,
+    ) -> tuple[Any, Any]:
+        """Renews the given positions, all others as they are in the cache.
+
+        Args:
+          params: any pytree.
+          tokens: int32 ``[B, L]``.
+          positions: int32 ``[B, L]``.
+          segment_ids: int32 ``[B, L]``.
+          scored: int32 ``[B, K]``, indices into the row.
+          cache: of `empty_cache` or an earlier call.
+          queries: int32 ``[B, Q]``, indices into the row of the positions to compute;
+            L where a place is unused. They hold ``scored − shift`` of every position
+            that the caller reads (the position itself where it begins a segment);
+            other scored positions get arbitrary finite features. ``None`` computes
+            the whole row.
+
+        Returns:
+          ``(features, cache)``: as `FeatureFn.features` gives, and the cache with the
+          renewed positions.
+        """
+        ...
+
+
+@runtime_checkable
+class ShadowFn(Protocol):
+    """A denoiser that can also ask: what would be here if this token were hidden?"""
+
+    def shadow_features(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        scored: Array,
+        mask_id: int,
+    ) -> tuple[Any, Any]:
+        """Features of the scored positions, and of their shadows.
+
+        A shadow is a mask with the position of a scored one. It sees all real tokens
+        but the one at its position; nobody sees shadows. Both in one evaluation of
+        L + K positions (L + 2K where logits at i predict i + 1, since what reads the
+        mask must not see the token either). Arguments as in `PredictFn`.
+        """
+        ...
+
+
+class Places(NamedTuple):
+    """Where the queries, or the keys, of a call of attention stand; int32 ``[B, n]``.
+
+    Attributes:
+      indices: in the row: distances and causal order are counted along it.
+      positions: restarting in each segment.
+      segment_ids: 0 = padding.
+    """
+
+    indices: Array
+    positions: Array
+    segment_ids: Array
+
+
+class View(NamedTuple):
+    """What Q queries see of S keys, where these are not the row itself.
+
+    Attributes:
+      queries: places ``[B, Q]``.
+      keys: places ``[B, S]``; only those of a query's own segment are seen.
+      visible: bool ``[B, Q, S]``, a further restriction, or None.
+    """
+
+    queries: Places
+    keys: Places
+    visible: Array | None = None
+
+
 class AttentionFn(Protocol):
-    """Attention as a function of projected heads; an argument of every model."""
+    """Attention as a function of projected heads; an argument of every model.
+
+    A function that serves block-causal models, caches and shadows takes a keyword
+    ``view`` too: a `View`, or None. With a view there are Q queries and S keys, and it
+    replaces ``segment_ids``; what the function does by itself, such as causality, goes
+    by ``indices`` then. It is passed only where it is needed.
+    """
 
     def __call__(
         self,

@@ -32,7 +32,8 @@ def canvas_from_prompts(
       `Canvas` of numpy arrays ``[B, L]``, with the prompts as condition.
 
     Raises:
-      ValueError: if a row does not fit into ``row_length``, or a count is negative.
+      ValueError: if a row does not fit into ``row_length``, a count is negative, or a
+        prompt holds the mask id (a `Canvas` of your own may: ``generate`` decides).
 
     >>> print(canvas_from_prompts([[5, 6], [7]], 2, mask_id=9).tokens)
     [[5 6 9 9]
@@ -44,6 +45,12 @@ def canvas_from_prompts(
             f"num_generated must be at least 0 for one or more prompts, got "
             f"{num_generated!r} for {len(prompts)} prompts"
         )
+    for row, prompt in enumerate(prompts):
+        if mask_id in prompt:
+            raise ValueError(
+                f"prompts must not hold mask_id={mask_id}, got it in row {row}, "
+                f"position {list(prompt).index(mask_id)}"
+            )
     ends = [len(prompt) + int(n) for prompt, n in zip(prompts, counts, strict=True)]
     length = max(ends) if row_length is None else row_length
     if length < max(max(ends), 1):

@@ -48,8 +48,9 @@ def draw(
     temperature: ArrayLike | float = 1.0,
     top_k: ArrayLike | int | None = None,
     top_p: ArrayLike | float | None = None,
+    min_p: ArrayLike | float | None = None,
 ) -> Array:
-    """Temperature, then top-k, then top-p, then one draw per position.
+    """Temperature, then top-k, top-p and min-p, then one draw per position.
 
     Args:
       keys: key array ``[...]``.
@@ -58,6 +59,7 @@ def draw(
         every τ is 0 makes no random numbers.
       top_k: k ≥ 1, scalar or ``[...]``, or ``None`` for no filter.
       top_p: p in (0, 1], scalar or ``[...]``, or ``None`` for no filter.
+      min_p: p in [0, 1], scalar or ``[...]``, or ``None`` for no filter.
 
     Returns:
       int32 ``[...]``.
@@ -66,7 +68,9 @@ def draw(
     greedy = first_argmax(logits)
 
     def sampled() -> Array:
-        filtered = filter_logits(logits, temperature=tau, top_k=top_k, top_p=top_p)
+        filtered = filter_logits(
+            logits, temperature=tau, top_k=top_k, top_p=top_p, min_p=min_p
+        )
         return jnp.where(tau > 0, categorical(keys, filtered), greedy)
 
     return jax.lax.cond(jnp.any(tau > 0), sampled, lambda: greedy)
@@ -78,6 +82,7 @@ def filter_logits(
     temperature: ArrayLike | float = 1.0,
     top_k: ArrayLike | int | None = None,
     top_p: ArrayLike | float | None = None,
+    min_p: ArrayLike | float | None = None,
 ) -> Array:
     """Logits of the law that `draw` draws from, where τ > 0.
 
@@ -86,6 +91,7 @@ def filter_logits(
       temperature: as in `draw`.
       top_k: as in `draw`.
       top_p: as in `draw`; the mass is that of the tempered, top-k filtered law.
+      min_p: as in `draw`, a share of the largest probability of the tempered law.
 
     Returns:
       float32 ``[..., V]``.
@@ -95,4 +101,6 @@ def filter_logits(
         logits = filters.top_k(logits, top_k)
     if top_p is not None:
         logits = filters.top_p(logits, top_p)
+    if min_p is not None:
+        logits = filters.min_p(logits, min_p)
     return logits

@@ -7,13 +7,14 @@ decides which, then gathers their logits, a few per row at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from diffmm.samplers.categorical import draw
-from diffmm.samplers.filters import suppress
+from diffmm.samplers.statistics import Statistics
 from diffmm.typing import Array
 
 _POSITIONS_AT_A_TIME = 4
@@ -27,37 +28,45 @@ class Drawn(NamedTuple):
 
 
 def draw_wanted(
-    logits: Array,
-    allowed: Array,
-    modality: Array,
+    read: Callable[[Array], Array],
     wanted: Array,
     keys: Array,
     index: Array,
     *,
+    statistics: Statistics,
     temperature: Array,
     top_k: Array | None,
     top_p: Array | None,
+    min_p: Array | None,
 ) -> Drawn:
     """One token for every wanted position.
 
     Each position has its own key, folded with its rank in the row: the draw depends
-    neither on the other positions nor on the width of the window.
+    neither on the other positions nor on the width of the window. Where τ = 0 the
+    token is the arg-max that the statistics know already, and no law is read again.
 
     Args:
-      logits: float32 ``[B, K, V]``, guided, not suppressed.
-      allowed: bool ``[4, V]``, ids by modality.
-      modality: int32 ``[B, K]``.
+      read: columns ``[B, C]`` to their float32 logits ``[B, C, V]``, guided and
+        suppressed.
       wanted: bool ``[B, K]``.
       keys: key array ``[B]``, one per row and step.
       index: int32 ``[B, K]``, rank among the generated positions of the row.
+      statistics: of all positions, ``[B, K]``.
       temperature: float32 ``[B, K]``.
       top_k: int32 ``[B, K]`` or ``None``.
       top_p: float32 ``[B, K]`` or ``None``.
+      min_p: float32 ``[B, K]`` or ``None``.
 
     Returns:
       `Drawn`; the log-probability is that of the untempered, unfiltered law, in nats.
     """
-    num_rows, width, _ = logits.shape
+    greedy = wanted & (temperature == 0.0)
+    start = Drawn(
+        jnp.where(greedy, statistics.argmax, 0),
+        jnp.where(greedy, jnp.log(statistics.max_prob), 0.0),
+    )
+    wanted = wanted & ~greedy
+    num_rows, width = wanted.shape
     chunk = min(width, max(1, _POSITIONS_AT_A_TIME // num_rows))
     rows = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
     # The wanted positions of each row in order; the rest makes the last chunk whole.
@@ -76,8 +85,7 @@ def draw_wanted(
         def take(table: Array | None) -> Array | None:
             return None if table is None else jnp.take_along_axis(table, at, axis=1)
 
-        picked = jnp.take_along_axis(logits, at[..., None], axis=1)
-        picked = suppress(picked, allowed[jnp.take_along_axis(modality, at, axis=1)])
+        picked = read(at)
         tau = jnp.take_along_axis(temperature, at, axis=1)
         rank = start + jnp.arange(chunk, dtype=jnp.int32)[None, :]
         live = rank < counts[:, None]
@@ -87,6 +95,7 @@ def draw_wanted(
             temperature=jnp.where(live, tau, 0.0),
             top_k=take(top_k),
             top_p=take(top_p),
+            min_p=take(min_p),
         )
         chosen = jnp.take_along_axis(picked, tokens[..., None], axis=2)[..., 0]
         logprob = chosen - jax.nn.logsumexp(picked, axis=-1)
@@ -96,10 +105,6 @@ def draw_wanted(
             drawn.logprob.at[rows, target].set(logprob, mode="drop"),
         )
 
-    start = Drawn(
-        jnp.zeros((num_rows, width), jnp.int32),
-        jnp.zeros((num_rows, width), jnp.float32),
-    )
     _, drawn = jax.lax.while_loop(
         lambda carry: carry[0] < jnp.max(counts), body, (jnp.int32(0), start)
     )

@@ -1,7 +1,7 @@
-"""Logit filters: suppression, temperature, top-k, top-p.
+"""Logit filters: suppression, temperature, top-k, top-p, min-p.
 
 All of them take traced hyper-parameters, scalars or one number per position, and none
-of them sorts the vocabulary: the cut is found by bisection over the bits of the
+of them sorts the vocabulary: a cut by mass is found by bisection over the bits of the
 logits, 32 passes of compare and add.
 """
 
@@ -87,6 +87,25 @@ def top_p(logits: Array, p: ArrayLike | float) -> Array:
     p = _per_position(p, logits)
     keep = _heaviest(logits, jax.nn.softmax(logits, axis=-1), p)
     return suppress(logits, keep | (p >= 1.0))
+
+
+def min_p(logits: Array, p: ArrayLike | float) -> Array:
+    """Keeps ids at least ``p`` times as probable as the most probable one.
+
+    Args:
+      logits: float32 ``[..., V]``.
+      p: in [0, 1], scalar or ``[...]``; 0 returns the argument bit-exactly.
+
+    Returns:
+      float32 ``[..., V]``; everything else is suppressed.
+
+    References:
+      Nguyen et al., "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM
+      Outputs", arXiv 2407.01082.
+    """
+    p = _per_position(p, logits)
+    cut = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(jnp.maximum(p, 1e-38))
+    return suppress(logits, (logits >= cut) | (p <= 0.0))
 
 
 def _per_position(value: ArrayLike | float, logits: Array) -> Array:

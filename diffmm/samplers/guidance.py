@@ -18,7 +18,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from diffmm.typing import Array, ArrayLike, Params, PredictFn
+from diffmm.typing import Array, ArrayLike
 
 
 class GuidanceSchedule(Protocol):
@@ -100,46 +100,3 @@ def combine(
 def hide_condition(tokens: Array, condition: Array, mask_id: int) -> Array:
     """The input of the unconditional branch: conditioning tokens become masks."""
     return jnp.where(condition, jnp.int32(mask_id), tokens)
-
-
-def guided_logits(
-    predict: PredictFn,
-    params: Params,
-    tokens: Array,
-    positions: Array,
-    segment_ids: Array,
-    scored: Array,
-    *,
-    condition: Array,
-    scale: Array | None,
-    mask_id: int,
-) -> Array:
-    """One denoiser evaluation with guidance.
-
-    The second forward runs only if some scale differs from 1.
-
-    Args:
-      predict: the denoiser.
-      params: its parameters.
-      tokens: int32 ``[B, L]``.
-      positions: int32 ``[B, L]``.
-      segment_ids: int32 ``[B, L]``.
-      scored: int32 ``[B, K]``.
-      condition: bool ``[B, L]``, the tokens that the unconditional branch hides.
-      scale: float32 ``[B, K]``, or ``None`` for no guidance at all.
-      mask_id: the mask.
-
-    Returns:
-      float32 ``[B, K, V]``, not yet suppressed.
-    """
-    logits = predict(params, tokens, positions, segment_ids, scored)
-    logits = logits.astype(jnp.float32)
-    if scale is None:
-        return logits
-
-    def with_second() -> Array:
-        hidden = hide_condition(tokens, condition, mask_id)
-        other = predict(params, hidden, positions, segment_ids, scored)
-        return combine(logits, other.astype(jnp.float32), scale)
-
-    return jax.lax.cond(jnp.any(scale != 1.0), with_second, lambda: logits)

@@ -1,106 +1,68 @@
-"""The one generation loop: score a window, select, draw, commit, move on.
+"""The one generation loop: evaluate, read, select, draw, write, move on.
 
-Every row has its own block pointer and step counter and stops on its own: rows do not
-wait for each other, and what a row becomes does not depend on its neighbours.
-Legend: B rows, L row length, N most generated positions of a row, K window
-width, V ids.
+Every row has its own block, step counter and end: rows do not wait for each other, and
+what a row becomes does not depend on its neighbours.
+Legend: B rows, L row length, N most generated positions of a row, K scored positions
+(those of a block, or all N), V ids, T turns of a trace.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from diffmm.samplers.caches import CacheView
 from diffmm.samplers.drawing import Drawn, draw_wanted
-from diffmm.samplers.filters import suppress
-from diffmm.samplers.guidance import guided_logits
-from diffmm.samplers.rule import Prediction, Rule, Window, ensure_progress
-from diffmm.samplers.settings import Controls
-from diffmm.samplers.statistics import logit_statistics, map_rows
-from diffmm.typing import Array, Params, PredictFn
+from diffmm.samplers.evaluation import (
+    Evaluated,
+    Renewal,
+    Scene,
+    evaluate,
+    evaluate_cached,
+)
+from diffmm.samplers.law import Law, Reader, reader_of, take
+from diffmm.samplers.rule import Prediction, Window, ensure_progress
+from diffmm.samplers.state import (
+    REVEAL,
+    SCORE,
+    STREAMS,
+    TOKENS,
+    Counts,
+    Problem,
+    Program,
+    Spec,
+    State,
+    Trace,
+    active_rows,
+    enter,
+    fold,
+    leave_blocks,
+    start,
+    window_of,
+)
+from diffmm.samplers.statistics import Statistics, logit_statistics, map_positions
+from diffmm.typing import Array, FeatureFn, Params, PredictFn
 
-# Streams of randomness of a row: its key is folded with the block, then with
-# stream + 3·step. The entry of the block takes the number that is left over.
-_ENTRY, _TOKENS, _REVEAL, _SCORE = range(4)
-_STREAMS = 3
-
-
-class Problem(NamedTuple):
-    """What does not change while rows are generated.
-
-    Attributes:
-      positions: int32 ``[B, L]``.
-      segment_ids: int32 ``[B, L]``.
-      modality: int32 ``[B, L]``.
-      condition: bool ``[B, L]``.
-      order: int32 ``[B, N]``, the generated positions of each row in rising order.
-      counts: int32 ``[B]``, how many of them are real; the rest is filling.
-      keys: key array ``[B]``, one per row.
-      allowed: bool ``[4, V]``, ids by modality; never the mask id.
-    """
-
-    positions: Array
-    segment_ids: Array
-    modality: Array
-    condition: Array
-    order: Array
-    counts: Array
-    keys: Array
-    allowed: Array
-
-
-class State(NamedTuple):
-    """The loop's state.
-
-    Attributes:
-      tokens: int32 ``[B, L]``.
-      remaining: bool ``[B, N]``, generated positions that are still masked.
-      block: int32 ``[B]``.
-      step: int32 ``[B]``, inside the block.
-      entered: bool ``[B]``, the row is at the entry of its block.
-      aux: the rule's memory.
-      turns: int32 ``[B]``, steps in which the row was active.
-      nfe: int32 ``[B]``, denoiser evaluations spent on the row.
-      forwards: int32 ``[]``, denoiser calls.
-      logprob: float32 ``[B, L]``, of committed tokens, in nats.
-      committed_at: int32 ``[B, L]``, the row's turn of each commit; −1 elsewhere.
-    """
-
-    tokens: Array
-    remaining: Array
-    block: Array
-    step: Array
-    entered: Array
-    aux: Any
-    turns: Array
-    nfe: Array
-    forwards: Array
-    logprob: Array
-    committed_at: Array
+#: The statistics that must be finite.
+CHECKED = ("log_normalizer", "max_prob", "entropy")
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("predict", "mask_id", "width", "eos_id"),
-    donate_argnames=("tokens",),
+    jax.jit, static_argnames=("predict", "spec"), donate_argnames=("tokens",)
 )
 def generate(
     predict: PredictFn,
     params: Params,
     tokens: Array,
     problem: Problem,
-    rule: Rule,
-    controls: Controls,
-    max_forwards: Array,
+    program: Program,
     *,
-    mask_id: int,
-    width: int,
-    eos_id: int | None = None,
+    spec: Spec,
 ) -> State:
-    """Runs the loop to its end; `diffmm.samplers.sample` is the checked way in.
+    """Runs the loop from the start; `diffmm.samplers.sample` is the checked way in.
 
     Compiles once per shape, denoiser, kind of rule and set of filters in use.
 
@@ -109,187 +71,371 @@ def generate(
       params: its parameters.
       tokens: int32 ``[B, L]``; donated.
       problem: the rest of the canvas.
-      rule: the selection rule; its numbers are traced.
-      controls: temperatures, filters, guidance; traced.
-      max_forwards: int32 ``[]``, evaluations after which a row stops.
-      mask_id: the mask.
-      width: K, positions per block.
-      eos_id: a row stops at the end of the block that holds this id; what is left is
-        filled with it.
+      program: rule, settings, bounds; its numbers are traced.
+      spec: what to compile for.
 
     Returns:
       The final `State`.
     """
-    num_rows, row_length = tokens.shape
+    state = start(predict, params, tokens, problem, program, spec=spec)
+    return _run(predict, params, state, problem, program, spec)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("predict", "spec"), donate_argnames=("state",)
+)
+def resume(
+    predict: PredictFn,
+    params: Params,
+    state: State,
+    problem: Problem,
+    program: Program,
+    *,
+    spec: Spec,
+) -> State:
+    """Runs on until ``program.limits.until`` rows are at rest; ``state`` is donated."""
+    return _run(predict, params, state, problem, program, spec)
+
+
+def _run(
+    predict: PredictFn,
+    params: Params,
+    state: State,
+    problem: Problem,
+    program: Program,
+    spec: Spec,
+) -> State:
+    num_rows = state.tokens.shape[0]
+
+    def unfinished(state: State) -> Array:
+        resting = num_rows - jnp.sum(
+            active_rows(state, program.limits), dtype=jnp.int32
+        )
+        return resting < program.limits.until
+
+    def turn(state: State) -> State:
+        return _turn(predict, params, state, problem, program, spec)
+
+    return jax.lax.while_loop(unfinished, turn, state)
+
+
+def _turn(
+    predict: PredictFn,
+    params: Params,
+    state: State,
+    problem: Problem,
+    program: Program,
+    spec: Spec,
+) -> State:
+    """One evaluation of every active row, and what follows from it."""
+    rule, controls, limits = program.rule, program.controls, program.limits
+    num_rows, row_length = state.tokens.shape
     num_generated = problem.order.shape[1]
+    size = problem.allowed.shape[1]
     rows = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    active = active_rows(state, limits)
+    window = window_of(problem, state, spec)
 
-    def keys_of(block_keys: Array, stream: Array) -> Array:
-        return jax.vmap(jax.random.fold_in)(block_keys, stream)
-
-    def active_rows(state: State) -> Array:
-        return jnp.any(state.remaining, axis=1) & (state.nfe < max_forwards)
-
-    def enter(window: Window, block_keys: Array) -> Any:
-        keys = keys_of(block_keys, jnp.full((num_rows,), _ENTRY, jnp.int32))
-        return jax.vmap(rule.enter)(keys, window)
-
-    def body(state: State) -> State:
-        active = active_rows(state)
-        window = _window(problem, state.remaining, state.block, state.step, width)
-        block_keys = jax.vmap(jax.random.fold_in)(problem.keys, state.block)
+    # The rule's memory and its next step.
+    block_keys = fold(problem.keys, state.block)
+    aux = state.aux
+    if jax.tree.leaves(aux):
         aux = jax.lax.cond(
             jnp.any(state.entered),
-            lambda: _where_rows(state.entered, enter(window, block_keys), state.aux),
+            lambda: _where_rows(
+                state.entered, enter(rule, window, problem, block_keys), state.aux
+            ),
             lambda: state.aux,
         )
-        advance = jax.vmap(rule.advance)(
-            keys_of(block_keys, _REVEAL + _STREAMS * state.step), window, aux
-        )
-        step = jnp.where(active, advance.step, state.step)
-        window = window._replace(step=step)
-        token_keys, score_keys = (
-            keys_of(block_keys, stream + _STREAMS * step)
-            for stream in (_TOKENS, _SCORE)
-        )
-        modality = jnp.take_along_axis(problem.modality, window.positions, axis=1)
-        live = window.masked & active[:, None]
-
-        scale = controls.scale_at(modality, advance.t)
-        if scale is not None:
-            scale = jnp.where(live, scale, 1.0)
-        logits = guided_logits(
-            predict,
-            params,
-            state.tokens,
-            problem.positions,
-            problem.segment_ids,
-            window.positions,
-            condition=problem.condition,
-            scale=scale,
-            mask_id=mask_id,
-        )
-        _check_logits(logits, (num_rows, width, problem.allowed.shape[1]))
-
-        def draw_at(wanted: Array) -> Drawn:
-            temperature = controls.temperature_at(modality, 1.0 - advance.s)
-            top_k, top_p = controls.top_k, controls.top_p
-            return draw_wanted(
-                logits,
-                problem.allowed,
-                modality,
-                wanted,
-                token_keys,
-                window.rank,
-                temperature=jnp.where(advance.greedy[:, None], 0.0, temperature),
-                top_k=None if top_k is None else top_k[modality],
-                top_p=None if top_p is None else top_p[modality],
-            )
-
-        def allowed_logits(logits: Array, modality: Array) -> Array:
-            return suppress(logits, problem.allowed[modality])
-
-        prediction = Prediction(
-            statistics=map_rows(
-                lambda *row: logit_statistics(allowed_logits(*row)), logits, modality
-            ),
-            logits=allowed_logits(logits, modality),
-        )
-        drawn = None
-        if rule.needs_drawn:
-            drawn = draw_at(live)
-            prediction = prediction._replace(
-                drawn=drawn.tokens, drawn_prob=jnp.exp(drawn.logprob)
-            )
-        selection = jax.vmap(rule.select)(score_keys, window, prediction, advance.aux)
-        commit = selection.commit & live
-        if rule.guarded:
-            commit = jax.vmap(ensure_progress)(commit, selection.score, live)
-        if drawn is None:
-            drawn = draw_at(commit)
-
-        def write(array: Array, values: Array) -> Array:
-            at = jnp.where(commit, window.positions, row_length)
-            return array.at[rows, at].set(values, mode="drop")
-
-        second = (
-            jnp.zeros((num_rows,), bool)
-            if scale is None
-            else jnp.any(scale != 1.0, axis=1)
-        )
-        state = state._replace(
-            tokens=write(state.tokens, drawn.tokens),
-            logprob=write(state.logprob, drawn.logprob),
-            committed_at=write(
-                state.committed_at,
-                jnp.broadcast_to(state.turns[:, None], commit.shape),
-            ),
-            remaining=state.remaining.at[
-                rows, jnp.where(commit, window.rank, num_generated)
-            ].set(False, mode="drop"),
-            step=jnp.where(active, step + 1, state.step),
-            aux=_where_rows(active, selection.aux, aux),
-            turns=state.turns + active,
-            nfe=state.nfe + jnp.where(active, 1 + second.astype(jnp.int32), 0),
-            forwards=state.forwards + 1 + jnp.any(second),
-        )
-        entered = active & ~jnp.any(window.masked & ~commit, axis=1)
-        if eos_id is not None:
-            state = stop_at_eos(state, entered, window)
-        return state._replace(
-            entered=entered,
-            block=jnp.where(entered, state.block + 1, state.block),
-            step=jnp.where(entered, 0, state.step),
-        )
-
-    def stop_at_eos(state: State, full: Array, window: Window) -> State:
-        in_block = jnp.take_along_axis(state.tokens, window.positions, axis=1)
-        stop = full & jnp.any((in_block == eos_id) & window.valid, axis=1)
-        left = state.remaining & stop[:, None]
-        at = jnp.where(left, problem.order, row_length)
-        return state._replace(
-            tokens=state.tokens.at[rows, at].set(eos_id or 0, mode="drop"),
-            remaining=state.remaining & ~left,
-        )
-
-    zero = jnp.zeros((num_rows,), jnp.int32)
-    remaining = (
-        jnp.arange(num_generated, dtype=jnp.int32)[None] < problem.counts[:, None]
+    advance = jax.vmap(rule.advance)(
+        fold(block_keys, REVEAL + STREAMS * state.step), window, aux
     )
-    window = _window(problem, remaining, zero, zero, width)
-    memory = jax.eval_shape(enter, window, problem.keys)
-    state = State(
+    step = jnp.where(active, advance.step, state.step)
+    window = window._replace(step=step)
+    token_keys, score_keys = (
+        fold(block_keys, stream + STREAMS * step) for stream in (TOKENS, SCORE)
+    )
+    modality = jnp.take_along_axis(problem.modality, window.positions, axis=1)
+
+    # The denoiser.
+    scale = controls.scale_at(modality, advance.t)
+    if scale is not None:
+        scale = jnp.where(window.masked & active[:, None], scale, 1.0)
+    scene = Scene(
+        state.tokens,
+        problem.positions,
+        problem.segment_ids,
+        problem.condition,
+        window.positions,
+    )
+    evaluated, renewal = _evaluate(
+        predict, params, scene, state, problem, program, spec, window, active, scale
+    )
+
+    # What it says.
+    barred = None
+    if spec.stop_id is not None:
+        barred = window.rank < limits.min_tokens
+    given = not isinstance(predict, FeatureFn)
+    law = Law(evaluated.features, evaluated.other, scale, modality, barred)
+    read = Reader(reader_of(predict, params), problem.allowed, spec.stop_id)
+    _check_logits(jax.eval_shape(read.logits, law.features), (*modality.shape, size))
+    logits = None
+    if rule.needs_logits:
+        logits = jax.vmap(rule.adjust)(window, read(law), aux)
+        law = Law(logits, None, None, modality, barred)
+        read, given = read._replace(logits=lambda logits: logits), True
+    statistics = map_positions(
+        lambda law: logit_statistics(read(law)), law, size, given=given
+    )
+    if program.block_ends is not None:
+        ends = jax.vmap(program.block_ends)(window, statistics, state.end)
+        state = state._replace(end=jnp.where(state.entered & active, ends, state.end))
+        window = window_of(problem, state, spec)._replace(step=step)
+    state, active = _faults(state, statistics, window, active)
+    live = window.masked & active[:, None]
+
+    def draw_at(wanted: Array) -> Drawn:
+        temperature = controls.temperature_at(modality, 1.0 - advance.s)
+        top_k, top_p, min_p = controls.top_k, controls.top_p, controls.min_p
+        return draw_wanted(
+            lambda at: read(take(law, at)),
+            wanted,
+            token_keys,
+            window.rank,
+            statistics=statistics,
+            temperature=jnp.where(advance.greedy[:, None], 0.0, temperature),
+            top_k=None if top_k is None else top_k[modality],
+            top_p=None if top_p is None else top_p[modality],
+            min_p=None if min_p is None else min_p[modality],
+        )
+
+    # What the rule makes of it.
+    prediction = Prediction(statistics=statistics, logits=logits)
+    if rule.needs_shadow:
+        shadow = Law(evaluated.shadows, None, None, modality, None)
+        probability = map_positions(
+            lambda pair: _probability(read(pair[0]), pair[1]),
+            (shadow, window.tokens),
+            size,
+            given=given,
+        )
+        prediction = prediction._replace(shadow_prob=probability)
+    drawn = None
+    if rule.needs_drawn:
+        drawn = draw_at(live)
+        prediction = prediction._replace(
+            drawn=drawn.tokens, drawn_prob=jnp.exp(drawn.logprob)
+        )
+    selection = jax.vmap(rule.select)(score_keys, window, prediction, advance.aux)
+    commit = selection.commit & live
+    if rule.guarded:
+        commit = jax.vmap(ensure_progress)(commit, selection.score, live)
+    if drawn is None:
+        drawn = draw_at(commit)
+
+    # Writing it down.
+    def write(array: Array, values: Array, where: Array) -> Array:
+        at = jnp.where(where, window.positions, row_length)
+        return array.at[rows, at].set(values, mode="drop")
+
+    def mark(array: Array, value: bool, where: Array) -> Array:
+        at = jnp.where(where, window.rank, num_generated)
+        return array.at[rows, at].set(value, mode="drop")
+
+    tokens, logprob, committed_at, remaining, changed = (
+        write(state.tokens, drawn.tokens, commit),
+        write(state.logprob, drawn.logprob, commit),
+        write(state.committed_at, _spread(state.turns, commit), commit),
+        mark(state.remaining, False, commit),
+        commit,
+    )
+    settled = window.valid & ~window.masked & active[:, None]
+    if selection.edit is not None:
+        edit = selection.edit & settled
+        tokens = write(tokens, statistics.argmax, edit)
+        logprob = write(logprob, jnp.log(statistics.max_prob), edit)
+        committed_at = write(committed_at, _spread(state.turns, edit), edit)
+        changed = changed | edit
+    if selection.remask is not None:
+        remask = selection.remask & settled
+        tokens = write(tokens, jnp.full(remask.shape, spec.mask_id, jnp.int32), remask)
+        logprob = write(logprob, jnp.zeros(remask.shape, jnp.float32), remask)
+        committed_at = write(committed_at, jnp.full(remask.shape, -1), remask)
+        remaining = mark(remaining, True, remask)
+        changed = changed | remask
+    held = jnp.zeros((num_rows,), bool)
+    if selection.hold is not None:
+        held = jnp.where(active, selection.hold, state.held)
+    trace = state.trace
+    if trace is not None:
+        trace = _recorded(
+            trace, state.turns, window, statistics, selection, commit, active
+        )._replace(
+            tokens=_put(
+                trace.tokens,
+                state.turns,
+                active,
+                jnp.take_along_axis(tokens, problem.order, axis=1),
+            )
+        )
+    counts = state.counts
+    spent = jnp.where(active, evaluated.branches, 0)
+    state = state._replace(
         tokens=tokens,
         remaining=remaining,
-        block=zero,
-        step=zero,
-        entered=jnp.ones((num_rows,), bool),
-        aux=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory),
-        turns=zero,
-        nfe=zero,
-        forwards=jnp.int32(0),
-        logprob=jnp.zeros(tokens.shape, jnp.float32),
-        committed_at=jnp.full(tokens.shape, -1, jnp.int32),
+        fresh=jnp.where(
+            active[:, None],
+            mark(jnp.zeros(remaining.shape, bool), True, changed),
+            state.fresh,
+        ),
+        step=jnp.where(active, step + 1, state.step),
+        block_turns=state.block_turns + active,
+        held=held,
+        aux=_where_rows(active, selection.aux, aux),
+        turns=state.turns + active,
+        nfe=state.nfe + spent,
+        logprob=logprob,
+        committed_at=committed_at,
+        cache=evaluated.cache,
+        age=jnp.where(
+            renewal.whole, 0, jnp.where(renewal.partial, state.age + 1, state.age)
+        ),
+        trace=trace,
+        counts=Counts(
+            whole=counts.whole + renewal.whole,
+            partial=counts.partial + renewal.partial,
+            unconditional=counts.unconditional + jnp.maximum(spent - 1, 0),
+            whole_calls=counts.whole_calls + evaluated.whole_calls,
+            partial_calls=counts.partial_calls + evaluated.partial_calls,
+            processed=counts.processed + evaluated.processed,
+            scored=counts.scored + jnp.float32(num_rows * spec.width),
+        ),
     )
-    return jax.lax.while_loop(lambda s: jnp.any(active_rows(s)), body, state)
+    return leave_blocks(state, problem, limits, active, spec)
 
 
-def _window(
-    problem: Problem, remaining: Array, block: Array, step: Array, width: int
-) -> Window:
-    last = problem.order.shape[1] - 1
-    index = block[:, None] * width + jnp.arange(width, dtype=jnp.int32)[None]
-    clipped = jnp.minimum(index, last)
-    valid = index < problem.counts[:, None]
-    return Window(
-        masked=jnp.take_along_axis(remaining, clipped, axis=1) & valid,
-        valid=valid,
-        rank=index,
-        positions=jnp.take_along_axis(problem.order, clipped, axis=1),
+def _evaluate(
+    predict: PredictFn,
+    params: Params,
+    scene: Scene,
+    state: State,
+    problem: Problem,
+    program: Program,
+    spec: Spec,
+    window: Window,
+    active: Array,
+    scale: Array | None,
+) -> tuple[Evaluated, Renewal]:
+    if program.cache is None:
+        evaluated = evaluate(
+            predict,
+            params,
+            scene,
+            scale=scale,
+            mask_id=spec.mask_id,
+            shadows=program.rule.needs_shadow,
+        )
+        nothing = jnp.zeros_like(active)
+        return evaluated, Renewal(active, jnp.zeros(scene.tokens.shape, bool), nothing)
+    rows = jnp.arange(len(active), dtype=jnp.int32)[:, None]
+
+    def spread(where: Array, positions: Array) -> Array:
+        at = jnp.where(where, positions, scene.tokens.shape[1])
+        empty = jnp.zeros(scene.tokens.shape, bool)
+        return empty.at[rows, at].set(True, mode="drop")
+
+    first = jnp.minimum(state.start, problem.order.shape[1] - 1)[:, None]
+    block = spread(window.valid, window.positions)
+    view = CacheView(
+        exists=scene.segment_ids > 0,
         block=block,
-        num_blocks=jnp.maximum(-(-problem.counts // width), 1),
-        step=step,
+        masked=spread(state.remaining, problem.order),
+        fresh=spread(state.fresh, problem.order),
+        positions=scene.positions,
+        segment_ids=scene.segment_ids,
+        first=jnp.take_along_axis(problem.order, first, axis=1)[:, 0],
+        entered=state.entered,
+        age=state.age,
+        causal_block=predict.causal_block,  # type: ignore[attr-defined]
     )
+    whole = program.cache.refresh(view) & active
+    want = program.cache.want(view)
+    if predict.shift:  # type: ignore[attr-defined]
+        read = block[:, 1:] & view.exists[:, :-1]
+        want = want | jnp.pad(read, ((0, 0), (0, 1)))
+    renewal = Renewal(whole=whole, want=want, partial=active & ~whole)
+    evaluated = evaluate_cached(
+        predict,  # type: ignore[arg-type]
+        params,
+        scene,
+        state.cache,
+        renewal,
+        scale=scale,
+        mask_id=spec.mask_id,
+        sizes=spec.sizes,
+    )
+    return evaluated, renewal
+
+
+def _faults(
+    state: State, statistics: Statistics, window: Window, active: Array
+) -> tuple[State, Array]:
+    """Stops rows where a law is not a law; says where and by which statistic."""
+    values = jnp.stack([getattr(statistics, name) for name in CHECKED])
+    bad = ~jnp.isfinite(values) & (window.exists & active[:, None])[None]
+    column = jnp.argmax(jnp.any(bad, axis=0), axis=1)[:, None]
+    position = jnp.take_along_axis(window.positions, column, axis=1)[:, 0]
+    field = jnp.argmax(jnp.take_along_axis(bad, column[None], axis=2)[..., 0], axis=0)
+    hit = jnp.any(bad, axis=(0, 2))
+    state = state._replace(
+        fault=jnp.where(hit, position, state.fault),
+        fault_field=jnp.where(hit, field.astype(jnp.int32), state.fault_field),
+    )
+    return state, active & ~hit
+
+
+def _recorded(
+    trace: Trace,
+    turns: Array,
+    window: Window,
+    statistics: Statistics,
+    selection: Any,
+    commit: Array,
+    active: Array,
+) -> Trace:
+    action = selection.action
+    action = commit.astype(jnp.int32) if action is None else action
+    likelihood = selection.log_likelihood
+    if likelihood is None:
+        likelihood = jnp.zeros(turns.shape, jnp.float32)
+    put = functools.partial(_put, turns=turns, active=active)
+    return trace._replace(
+        masked=put(trace.masked, value=window.remaining),
+        confidence=put(trace.confidence, value=statistics.max_prob * window.exists),
+        allowed=put(trace.allowed, value=window.masked),
+        action=put(trace.action, value=jnp.where(window.masked, action, 0)),
+        turn=put(trace.turn, value=turns),
+        active=put(trace.active, value=active),
+        log_likelihood=put(trace.log_likelihood, value=likelihood),
+    )
+
+
+def _put(buffer: Array, turns: Array, active: Array, value: Array) -> Array:
+    """Writes one entry per active row at its turn; turns beyond the end are lost."""
+    rows = jnp.arange(len(turns), dtype=jnp.int32)
+    at = jnp.where(active, turns, buffer.shape[1])
+    return buffer.at[rows, at].set(value.astype(buffer.dtype), mode="drop")
+
+
+def _probability(logits: Array, tokens: Array) -> Array:
+    """The probability of ``tokens [G]`` under ``logits [G, V]``."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def _spread(per_row: Array, like: Array) -> Array:
+    return jnp.broadcast_to(per_row[:, None], like.shape)
 
 
 def _where_rows(rows: Array, new: Any, old: Any) -> Any:
@@ -299,7 +445,7 @@ def _where_rows(rows: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
-def _check_logits(logits: Array, expected: tuple[int, int, int]) -> None:
+def _check_logits(logits: Any, expected: tuple[int, ...]) -> None:
     if logits.shape != expected:
         raise ValueError(
             f"predict must return logits of shape [B, K, V] = {expected} (V is that of "

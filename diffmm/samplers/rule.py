@@ -1,21 +1,21 @@
-"""The signature of a selection rule: which masked positions are committed now.
+"""What a selection rule is: which masked positions are committed now.
 
-The loop walks every row through its blocks. In each block a rule is asked three
+The loop walks every row through its blocks. In each block a rule is asked up to three
 questions, always about ONE row, so that a rule cannot look at its neighbours:
 
 1. `enter`: what do you want to remember for this block?
 2. `advance`: which step of yours comes next? Steps that are known to commit nothing
    are skipped here, before the denoiser runs, and cost no evaluation.
-3. `select`: given what the denoiser says, what is committed?
+3. `select`: given what the denoiser says, what is committed, and what is taken back?
 
 A rule is a frozen dataclass registered as a pytree: numbers (steps, temperatures,
 thresholds) are traced leaves, so that a sweep compiles once; choices of algorithm
-(score, schedule, quota) are static.
+(quota, schedule) are static. Most rules are a subclass of `Rule` with `select` alone.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +28,44 @@ MAX_STEPS_LOG2 = 20
 
 
 class Window(NamedTuple):
-    """The block of one row that is being generated; K positions.
+    """The scored positions of one row; K of them.
+
+    They are those of the current block, or, for rules with ``sees_canvas`` and where a
+    trace is kept, all generated positions of the row.
 
     Attributes:
-      masked: bool ``[K]``, still to be generated.
-      valid: bool ``[K]``, belongs to the block (the last block may be shorter).
+      masked: bool ``[K]``, in the block and still masked: what may be committed.
+      valid: bool ``[K]``, belongs to the block.
+      exists: bool ``[K]``, is a generated position of the row and not filling.
+      remaining: bool ``[K]``, still masked, in the block or elsewhere.
       rank: int32 ``[K]``, rank among the generated positions of the row.
       positions: int32 ``[K]``, where in the row they are.
+      tokens: int32 ``[K]``, what is there now, the mask id included.
+      logprob: float32 ``[K]``, log-probability at which each token was committed, 0
+        where nothing was; nats.
       block: int32 ``[]``, index of the block.
       num_blocks: int32 ``[]``, blocks of this row.
+      start: int32 ``[]``, rank at which the block begins.
+      count: int32 ``[]``, generated positions of the row.
       step: int32 ``[]``, step inside the block.
+      turn: int32 ``[]``, evaluated steps of the row so far; with guidance a step is
+        two evaluations and one turn.
     """
 
     masked: Array
     valid: Array
+    exists: Array
+    remaining: Array
     rank: Array
     positions: Array
+    tokens: Array
+    logprob: Array
     block: Array
     num_blocks: Array
+    start: Array
+    count: Array  # type: ignore[assignment]
     step: Array
+    turn: Array
 
 
 class Prediction(NamedTuple):
@@ -54,16 +73,20 @@ class Prediction(NamedTuple):
 
     Attributes:
       statistics: of the guided, suppressed, untempered law, fields ``[K]``.
-      logits: float32 ``[K, V]``, guided and suppressed; not materialised unless used.
+      logits: float32 ``[K, V]``, guided and suppressed; ``None`` unless the rule has
+        ``needs_logits``.
       drawn: int32 ``[K]``, tokens drawn at the masked positions; ``None`` unless the
         rule has ``needs_drawn``.
       drawn_prob: float32 ``[K]``, their untempered probability, or ``None``.
+      shadow_prob: float32 ``[K]``, the probability of the present token when its own
+        position is hidden; ``None`` unless the rule has ``needs_shadow``.
     """
 
     statistics: Statistics
-    logits: Array
+    logits: Array | None = None
     drawn: Array | None = None
     drawn_prob: Array | None = None
+    shadow_prob: Array | None = None
 
 
 class Advance(NamedTuple):
@@ -91,46 +114,94 @@ class Selection(NamedTuple):
       commit: bool ``[K]``; the loop ignores it outside the masked positions.
       score: float32 ``[K]``, the preference that a guarded rule falls back on.
       aux: the rule's memory.
+      remask: bool ``[K]``, committed positions of the block that become masks again.
+      edit: bool ``[K]``, committed positions of the block that take the arg-max.
+      hold: bool ``[]``, stay in this block even if it is full now.
+      action: int32 ``[K]``, what a trace records: 0 where nothing was chosen, else
+        the place in the order of choice, from 1. ``commit`` where it is ``None``.
+      log_likelihood: float32 ``[]``, of the action, for a trace.
     """
 
     commit: Array
     score: Array
     aux: Any
+    remask: Array | None = None
+    edit: Array | None = None
+    hold: Array | None = None
+    action: Array | None = None
+    log_likelihood: Array | None = None
 
 
-class Rule(Protocol):
-    """A selection rule; see the module for the three questions."""
+class Rule:
+    """A selection rule; see the module for the three questions.
 
-    @property
-    def guarded(self) -> bool:
-        """Whether the best-scored position is forced when nothing was selected."""
-        ...
+    Attributes:
+      guarded: the best-scored masked position is forced when nothing was selected.
+      needs_drawn: `select` looks at the drawn tokens (a biased compatibility mode).
+      needs_logits: `select` or `adjust` looks at whole laws, so that the logits of the
+        window are kept in memory.
+      needs_shadow: `select` looks at ``shadow_prob``.
+      sees_canvas: the window is all generated positions and not the block alone.
+      remasks: commits can be taken back, so that a budget of forwards is required.
+      counts_steps: the rule shares ``num_steps`` among blocks, so that the number of
+        blocks must be known.
+    """
 
-    @property
-    def needs_drawn(self) -> bool:
-        """Whether `select` looks at the drawn tokens (a biased compatibility mode)."""
-        ...
+    guarded: ClassVar[bool] = True
+    needs_drawn: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
+    needs_shadow: ClassVar[bool] = False
+    sees_canvas: ClassVar[bool] = False
+    remasks: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = False
 
-    def check(self, num_blocks: int) -> None:
+    def check(self, num_blocks: int, vocabulary_size: int) -> None:
         """Raises ``ValueError`` on bad fields; runs on the host.
 
         Args:
           num_blocks: most blocks that a row of the canvas has.
+          vocabulary_size: V.
         """
-        ...
 
-    def enter(self, key: Array, window: Window) -> Any:
+    def enter(self, key: Array, window: Window, vocabulary_size: int) -> Any:
         """Memory at the entry of a block: any pytree of arrays of fixed shape."""
-        ...
+        return ()
 
     def advance(self, key: Array, window: Window, aux: Any) -> Advance:
-        """The next step that can commit something."""
-        ...
+        """The next step that can commit something; times by the share of masks."""
+        valid = jnp.maximum(jnp.sum(window.valid.astype(jnp.float32)), 1.0)
+        t = jnp.sum(window.masked.astype(jnp.float32)) / valid
+        return Advance(window.step, t, t, jnp.bool_(False), aux)
+
+    def adjust(self, window: Window, logits: Array, aux: Any) -> Array:
+        """Changes the laws ``[K, V]`` themselves; only with ``needs_logits``."""
+        return logits
 
     def select(
         self, key: Array, window: Window, prediction: Prediction, aux: Any
     ) -> Selection:
         """The positions that are committed in this step."""
+        raise NotImplementedError(f"{type(self).__name__} does not define select")
+
+
+class BlockEnds(Protocol):
+    """Where blocks end, if that depends on what is predicted at their entry."""
+
+    def check(self, vocabulary_size: int) -> None:
+        """Raises ``ValueError`` on bad fields; runs on the host."""
+        ...
+
+    def width(self, block_length: int, num_generated: int) -> int:
+        """Positions to score, at least ``block_length``; runs on the host."""
+        ...
+
+    def __call__(
+        self, window: Window, statistics: Statistics, default_end: Array
+    ) -> Array:
+        """The rank int32 ``[]`` at which the block of one row ends.
+
+        Between ``window.start`` + 1 and ``window.count``, and inside the width.
+        """
         ...
 
 

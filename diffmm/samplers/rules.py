@@ -21,6 +21,7 @@ from diffmm.samplers.rule import (
     MAX_STEPS_LOG2,
     Advance,
     Prediction,
+    Rule,
     Selection,
     Window,
     best_ranked,
@@ -37,7 +38,7 @@ _STATIC = {"static": True}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ancestral:
+class Ancestral(Rule):
     """Reverse process on the grid t_i = 1 − i/n.
 
     A masked position is revealed between t and s with probability (m(t) − m(s))/m(t),
@@ -60,13 +61,13 @@ class Ancestral:
     final_argmax: bool = dataclasses.field(default=False, metadata=_STATIC)
 
     guarded: ClassVar[bool] = False
-    needs_drawn: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = True
 
-    def check(self, num_blocks: int) -> None:
+    def check(self, num_blocks: int, vocabulary_size: int) -> None:
         """Refuses step counts that do not fit the blocks."""
         check_num_steps(self.num_steps, num_blocks)
 
-    def enter(self, key: Array, window: Window) -> Array:
+    def enter(self, key: Array, window: Window, vocabulary_size: int) -> Array:
         """The step int32 ``[K]`` at which each position is revealed."""
         num_steps = steps_of_block(jnp.asarray(self.num_steps), window)
         top = self.schedule.mask_probability(jnp.float32(1.0))
@@ -93,7 +94,7 @@ class Ancestral:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FirstHitting:
+class FirstHitting(Rule):
     """The reverse process in continuous time: one token per evaluation, exact.
 
     With c masks left at mask probability m, the next reveal is at m·u^(1/c), u uniform;
@@ -106,13 +107,7 @@ class FirstHitting:
 
     schedule: Schedule = dataclasses.field(default=Linear(), metadata=_STATIC)
 
-    guarded: ClassVar[bool] = True
-    needs_drawn: ClassVar[bool] = False
-
-    def check(self, num_blocks: int) -> None:
-        """Nothing can be wrong."""
-
-    def enter(self, key: Array, window: Window) -> Array:
+    def enter(self, key: Array, window: Window, vocabulary_size: int) -> Array:
         """Time 1."""
         return jnp.float32(1.0)
 
@@ -155,7 +150,7 @@ def first_hitting_time(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FixedQuota:
+class FixedQuota(Rule):
     """Commits a fixed number of best-scored positions per step.
 
     Step i of n commits R(N, n, i) − R(N, n, i + 1) of the N masks of the block; steps
@@ -174,20 +169,20 @@ class FixedQuota:
     """
 
     num_steps: ArrayLike | int
-    score: Score = dataclasses.field(default=MaxProb(), metadata=_STATIC)
+    score: Score = dataclasses.field(default_factory=MaxProb)
     remaining: RemainingFn = dataclasses.field(default=remaining_even, metadata=_STATIC)
     choice_temperature: ArrayLike | float | None = None
     deferred_ids: tuple[int, ...] = dataclasses.field(default=(), metadata=_STATIC)
 
-    guarded: ClassVar[bool] = True
+    counts_steps: ClassVar[bool] = True
 
     @property
-    def needs_drawn(self) -> bool:
+    def needs_drawn(self) -> bool:  # type: ignore[override]
         """Whether the score looks at the drawn tokens."""
         return self.score.needs_drawn
 
-    def check(self, num_blocks: int) -> None:
-        """Refuses bad step counts and noise."""
+    def check(self, num_blocks: int, vocabulary_size: int) -> None:
+        """Refuses bad step counts, noise and scores."""
         check_num_steps(self.num_steps, num_blocks)
         noise = self.choice_temperature
         if noise is not None and not float(noise) >= 0:
@@ -196,10 +191,8 @@ class FixedQuota:
             raise ValueError(
                 f"score must be a score such as MaxProb(), got {self.score!r}"
             )
-
-    def enter(self, key: Array, window: Window) -> tuple[()]:
-        """Nothing to remember."""
-        return ()
+        if hasattr(self.score, "check"):
+            self.score.check(vocabulary_size)
 
     def advance(self, key: Array, window: Window, aux: tuple[()]) -> Advance:
         """The next step with a quota above 0."""

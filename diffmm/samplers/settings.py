@@ -25,6 +25,7 @@ class Settings:
       temperature: τ ≥ 0; 0 takes the arg-max.
       top_k: k ≥ 1, or ``None`` for off.
       top_p: p in (0, 1], or ``None`` for off.
+      min_p: p in [0, 1], least share of the largest probability, or ``None`` for off.
       guidance_scale: s of l_u + s·(l_c − l_u); 1 is conditional; ``None`` for off.
       cfg_weight: w = s − 1, the other convention; not together with guidance_scale.
       guidance_schedule: how the weight depends on time.
@@ -35,6 +36,7 @@ class Settings:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     guidance_scale: float | None = None
     cfg_weight: float | None = None
     guidance_schedule: GuidanceSchedule = dataclasses.field(default_factory=Constant)
@@ -63,6 +65,8 @@ class Settings:
             raise ValueError(f"top_k must be an integer ≥ 1, got {self.top_k!r}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p!r}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p!r}")
         if self.guidance_scale is not None and self.cfg_weight is not None:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale!r} and "
@@ -82,6 +86,7 @@ class Controls(NamedTuple):
       anneal: float32 ``[4]``, 1 or 0.
       top_k: int32 ``[4]`` or ``None``.
       top_p: float32 ``[4]`` or ``None``.
+      min_p: float32 ``[4]`` or ``None``.
       scale: float32 ``[4]`` or ``None``.
       schedules: four guidance schedules.
     """
@@ -90,6 +95,7 @@ class Controls(NamedTuple):
     anneal: Any
     top_k: Any
     top_p: Any
+    min_p: Any
     scale: Any
     schedules: tuple[GuidanceSchedule, ...]
 
@@ -153,6 +159,7 @@ def resolve(
         anneal=np.asarray([row.anneal for row in rows], np.float32),
         top_k=column(top_ks, size, np.int32),
         top_p=column([row.top_p for row in rows], 1.0, np.float32),
+        min_p=column([row.min_p for row in rows], 0.0, np.float32),
         scale=column([row.scale for row in rows], 1.0, np.float32),
         schedules=tuple(row.guidance_schedule for row in rows),
     )

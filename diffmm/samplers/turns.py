@@ -135,12 +135,21 @@ def sample_in_turn(
         results.append(result)
         records[modality.name] = result.record
     masked = jnp.asarray(generate & ~np.isin(modality_of, order))
+    last = results[-1]
+
+    def total(field: str) -> Any:
+        return jax.tree.map(
+            lambda *x: sum(x[1:], x[0]), *(getattr(r, field) for r in results)
+        )
+
     return SampleResult(
-        tokens=results[-1].tokens,
-        nfe=sum((r.nfe for r in results[1:]), results[0].nfe),
-        forwards=sum((r.forwards for r in results[1:]), results[0].forwards),
-        logprob=sum((r.logprob for r in results[1:]), results[0].logprob),
+        tokens=last.tokens,
+        nfe=total("nfe"),
+        forwards=total("forwards"),
+        logprob=total("logprob"),
         step_committed=step_committed,
         still_masked=jnp.any(masked, axis=1),
+        counts=total("counts"),
+        trace=None,
         record=records,
     )

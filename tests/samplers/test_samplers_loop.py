@@ -74,9 +74,11 @@ def settings_with(**fields):
 
 def ragged_canvas():
     """Three rows, one with nothing to generate; a prompt token equals the mask id."""
-    return canvas_from_prompts(
-        [[1, MASK, 3], [4], [5, 6]], [8, 5, 0], mask_id=MASK, row_length=16
+    canvas = canvas_from_prompts(
+        [[1, 2, 3], [4], [5, 6]], [8, 5, 0], mask_id=MASK, row_length=16
     )
+    canvas.tokens[0, 1] = MASK
+    return canvas
 
 
 def run(canvas, rule, seed=0, key=None, **options):

@@ -34,7 +34,7 @@ from diffmm.samplers import (
     top_p,
     top_ranked,
 )
-from diffmm.samplers.statistics import map_rows
+from diffmm.samplers.statistics import map_positions
 from diffmm.typing import Modality
 
 
@@ -73,10 +73,17 @@ def test_statistics_of_ties_suppression_and_huge_logits():
     assert all(np.isfinite(x) for x in logit_statistics(jnp.array([3e4, -3e4])))
 
 
-def test_row_groups_change_nothing():
-    logits = random_logits((3, 5, 4100))  # large enough to be split, 15 = 3·4 + 3 rows
-    shift = random_logits((3, 5))
-    grouped = map_rows(lambda x, y: logit_statistics(x).entropy + y, logits, shift)
+@pytest.mark.parametrize("given", [True, False])
+def test_groups_of_positions_change_nothing(given):
+    # Large enough to be split: 15 = 3·4 + 3 positions, or 45 = 32 + 13.
+    shape = (3, 5) if given else (9, 5)
+    logits, shift = random_logits((*shape, 4100)), random_logits(shape)
+    grouped = map_positions(
+        lambda pair: logit_statistics(pair[0]).entropy + pair[1],
+        (logits, shift),
+        4100,
+        given=given,
+    )
     plain = logit_statistics(logits).entropy + shift
     np.testing.assert_allclose(grouped, plain, rtol=1e-5)
 
