@@ -1,6 +1,8 @@
 """Attention functions: the argument ``attention`` of every transformer.
 
 Letters: B rows, L row length, H heads, K head dimension, Q query and S key position.
+Queries and keys are those of one row, Q = S = L, unless a `diffmm.typing.View` says
+what they are: block-causal rows, queries against cached keys, shadows.
 """
 
 from __future__ import annotations
@@ -13,26 +15,29 @@ import jax
 import jax.numpy as jnp
 
 from diffmm.models.config import TransformerConfig
-from diffmm.typing import Array, AttentionFn
+from diffmm.typing import Array, AttentionFn, View
 from diffmm_kernels.sigmoid_attention import alibi_slopes, sigmoid_attention
 
 # Finite, so that a row of the softmax that is wholly masked yields no NaN.
 _MASKED_SCORE = -1e30
 
 
-def segment_mask(segment_ids: Array) -> Array:
+def segment_mask(segment_ids: Array, key_segment_ids: Array | None = None) -> Array:
     """Which pairs may attend: ``allow(i, j) = (segment_i == segment_j)``.
 
     Padding (segment 0) attends to padding only: real positions never see it, and its
     own (discarded) outputs stay finite.
 
     Args:
-      segment_ids: int32 ``[B, L]``.
+      segment_ids: int32 ``[B, L]``, of the queries.
+      key_segment_ids: int32 ``[B, S]``; the same by default.
 
     Returns:
-      bool ``[B, 1, L, L]``, the second axis stands for heads.
+      bool ``[B, 1, L, S]``, the second axis stands for heads.
     """
-    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    if key_segment_ids is None:
+        key_segment_ids = segment_ids
+    return segment_ids[:, None, :, None] == key_segment_ids[:, None, None, :]
 
 
 def softmax_attention(
@@ -43,6 +48,7 @@ def softmax_attention(
     segment_ids: Array | None = None,
     causal: bool = False,
     slopes: Any = None,
+    view: View | None = None,
 ) -> Array:
     """Softmax attention, ``softmax(q kᵀ / sqrt(K)) v`` per segment.
 
@@ -50,15 +56,17 @@ def softmax_attention(
     products, so that each is over contiguous matrices.
 
     Args:
-      query: ``[B, L, H, K]``.
-      key: ``[B, L, H, K]``.
-      value: ``[B, L, H, K]``.
+      query: ``[B, L, H, K]``; with a view ``[B, Q, H, K]``.
+      key: ``[B, L, H, K]``; with a view ``[B, S, H, K]``.
+      value: as ``key``.
       segment_ids: int32 ``[B, L]`` or None (every position sees every other).
       causal: position i sees ``j <= i`` only.
       slopes: float ``[H]``, subtracts ``slope · |i - j|`` from the scores, or None.
+      view: what is seen, instead of ``segment_ids``. A query that sees nothing gets
+        the mean of all values.
 
     Returns:
-      ``[B, L, H, K]`` in the dtype of ``value``.
+      Of the shape of ``query``, in the dtype of ``value``.
     """
     query_BHQK, key_BHSK, value_BHSK = (x.swapaxes(1, 2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5
@@ -68,16 +76,17 @@ def softmax_attention(
         key_BHSK,
         preferred_element_type=jnp.float32,
     )
-    index = jnp.arange(query.shape[1], dtype=jnp.int32)
+    if view is None:
+        query_index = key_index = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    else:
+        query_index, key_index = view.queries.indices, view.keys.indices
     if slopes is not None:
-        distance_QS = jnp.abs(index[:, None] - index[None, :]).astype(jnp.float32)
-        slopes_1H11 = jnp.asarray(slopes, jnp.float32)[None, :, None, None]
-        scores_BHQS = scores_BHQS - slopes_1H11 * distance_QS[None, None]
-    if segment_ids is not None:
-        scores_BHQS = jnp.where(segment_mask(segment_ids), scores_BHQS, _MASKED_SCORE)
+        scores_BHQS = scores_BHQS - _alibi(slopes, query_index, key_index)
+    for seen_BHQS in _restrictions(segment_ids, view):
+        scores_BHQS = jnp.where(seen_BHQS, scores_BHQS, _MASKED_SCORE)
     if causal:
-        seen_11QS = (index[None, :] <= index[:, None])[None, None]
-        scores_BHQS = jnp.where(seen_11QS, scores_BHQS, _MASKED_SCORE)
+        seen_BHQS = _before(query_index, key_index)[:, None]
+        scores_BHQS = jnp.where(seen_BHQS, scores_BHQS, _MASKED_SCORE)
     # Mixed first and divided last: K numbers to divide per query instead of S. The
     # result does not depend on the maximum, hence neither does the gradient.
     peak_BHQ1 = jax.lax.stop_gradient(scores_BHQS.max(axis=-1, keepdims=True))
@@ -90,6 +99,26 @@ def softmax_attention(
         preferred_element_type=jnp.float32,
     )
     return (mixed_BHQK / total_BHQ1).astype(value.dtype).swapaxes(1, 2)
+
+
+def _restrictions(segment_ids: Array | None, view: View | None) -> list[Array]:
+    """Bool, each of a shape that broadcasts to ``[B, H, Q, S]``."""
+    if view is None:
+        return [] if segment_ids is None else [segment_mask(segment_ids)]
+    same = segment_mask(view.queries.segment_ids, view.keys.segment_ids)
+    return [same] if view.visible is None else [same & view.visible[:, None]]
+
+
+def _before(query_index: Array, key_index: Array) -> Array:
+    """Causal order, bool ``[B, Q, S]``."""
+    return key_index[:, None, :] <= query_index[:, :, None]
+
+
+def _alibi(slopes: Any, query_index: Array, key_index: Array) -> Array:
+    """Slope times distance, float32 ``[B, H, Q, S]``."""
+    distance_BQS = jnp.abs(query_index[:, :, None] - key_index[:, None, :])
+    slopes_1H11 = jnp.asarray(slopes, jnp.float32)[None, :, None, None]
+    return slopes_1H11 * distance_BQS.astype(jnp.float32)[:, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +140,7 @@ class SoftmaxAttention:
         value: Array,
         *,
         segment_ids: Array | None = None,
+        view: View | None = None,
     ) -> Array:
         """A `diffmm.typing.AttentionFn`."""
         return softmax_attention(
@@ -120,6 +150,7 @@ class SoftmaxAttention:
             segment_ids=segment_ids,
             causal=self.causal,
             slopes=alibi_slopes(query.shape[2]) if self.alibi else None,
+            view=view,
         )
 
 
@@ -176,26 +207,51 @@ class SigmoidAttention:
         *,
         segment_ids: Array | None = None,
         bias_offset: Array | None = None,
+        view: View | None = None,
     ) -> Array:
         """A `diffmm.typing.AttentionFn`; ``bias_offset [] or [H]`` is added to b."""
         bias: Any = self.constant
         if bias_offset is not None:
             bias = bias + bias_offset.astype(jnp.float32)
-        if segment_ids is not None:
-            # Negative ids are neither seen nor see.
-            segment_ids = jnp.where(segment_ids == 0, -1, segment_ids)
+        slopes = alibi_slopes(query.shape[2]) if self.alibi else None
+        if view is None:
+            ids = None if segment_ids is None else _hide_padding(segment_ids)
+            seen: dict[str, Any] = {
+                "causal": self.causal,
+                "q_segment_ids": ids,
+                "kv_segment_ids": ids,
+                "alibi_slopes": slopes,
+            }
+        else:
+            seen = self._through(view, slopes)
         return sigmoid_attention(
             query,
             key,
             value,
             bias=bias,
-            causal=self.causal,
-            q_segment_ids=segment_ids,
-            kv_segment_ids=segment_ids,
-            alibi_slopes=alibi_slopes(query.shape[2]) if self.alibi else None,
             precision=self.precision,
             implementation=self.implementation,
+            **seen,
         )
+
+    def _through(self, view: View, slopes: Any) -> dict[str, Any]:
+        """A view in the words of the kernels, which count along the keys given."""
+        indices = view.queries.indices, view.keys.indices
+        mask = view.visible
+        if self.causal:
+            before = _before(*indices)
+            mask = before if mask is None else mask & before
+        return {
+            "q_segment_ids": _hide_padding(view.queries.segment_ids),
+            "kv_segment_ids": _hide_padding(view.keys.segment_ids),
+            "mask": None if mask is None else mask[:, None],
+            "logit_bias": None if slopes is None else -_alibi(slopes, *indices),
+        }
+
+
+def _hide_padding(segment_ids: Array) -> Array:
+    """Negative ids neither see nor are seen."""
+    return jnp.where(segment_ids == 0, -1, segment_ids)
 
 
 def attention_function(config: TransformerConfig, **options: Any) -> AttentionFn:

@@ -33,8 +33,12 @@ class TransformerConfig:
       width: D.
       num_layers: blocks, stacked on a leading axis.
       head_dim: K; ``width / head_dim`` heads.
+      num_kv_heads: G, heads of keys and values; each serves H / G neighbouring heads of
+        queries (grouped-query attention). None is as many as heads of queries.
+      qkv_bias: queries, keys and values have a bias, from 0.
       mlp_ratio: hidden width of the feed-forward layer over ``width``; 2 gives 10·D²
         per block with SwiGLU.
+      mlp_width: the hidden width itself, instead of ``mlp_ratio``.
       mlp: ``"swiglu"``, or ``"gelu"`` with two matrices instead of three.
       attention: ``"softmax"``, or ``"sigmoid"``: weights ``σ(q·k/√K + b)`` that are not
         normalised over keys. Nothing else changes with it.
@@ -46,6 +50,8 @@ class TransformerConfig:
       trainable_bias: a learned offset of b, from 0, for each ``"layer"`` or each
         ``"head"``; None = b is fixed.
       causal: positions see themselves and those before only.
+      causal_block: positions see their own block ``position // causal_block`` and those
+        before it (block diffusion); 0 = off.
       positions: ``"rope"`` rotates queries and keys; ``"alibi"`` subtracts
         ``slope · distance`` from the logits, distances counted along the row;
         ``"none"``.
@@ -64,6 +70,8 @@ class TransformerConfig:
         the residual stream, for all layers or one number per layer: 1, or
         m_depth^-α under CompleteP.
       mlp_residual: the same of the feed-forward branch.
+      tied: the unembedding is the embedding, transposed; there is no parameter of that
+        name then. An embedding of `embedding_std` 1 gives logits of order √D.
       embedding_std: standard deviation of the embeddings at initialisation.
       unembedding_std: of the unembedding; None is 1/D, logits near 0 at every width.
       compute_dtype: dtype of activations ("float32" or "bfloat16"); parameters are
@@ -83,13 +91,17 @@ class TransformerConfig:
     width: int
     num_layers: int
     head_dim: int = 128
+    num_kv_heads: int | None = None
+    qkv_bias: bool = False
     mlp_ratio: float = 2.0
+    mlp_width: int | None = None
     mlp: MLPKind = "swiglu"
     attention: AttentionKind = "softmax"
     length: int | None = None
     attention_bias: float | None = None
     trainable_bias: BiasSharing | None = None
     causal: bool = False
+    causal_block: int = 0
     positions: Positions = "rope"
     rope_base: float = 10_000.0
     num_positions: int = 0
@@ -100,6 +112,7 @@ class TransformerConfig:
     layer_scale: float | None = None
     attention_residual: float | tuple[float, ...] = 1.0
     mlp_residual: float | tuple[float, ...] = 1.0
+    tied: bool = False
     embedding_std: float = 1.0
     unembedding_std: float | None = None
     compute_dtype: str = "float32"
@@ -139,6 +152,8 @@ class TransformerConfig:
                     f"{self.num_layers}, got {len(value)}"
                 )
         if self.mlp_hidden < 1:
+            if self.mlp_width is not None:
+                raise ValueError(f"mlp_width must be at least 1, got {self.mlp_width}")
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
         check_choice("mlp", self.mlp, MLPKind)
         check_choice("positions", self.positions, Positions)
@@ -151,6 +166,16 @@ class TransformerConfig:
         self._check_attention()
 
     def _check_attention(self) -> None:
+        if self.causal_block < 0 or (self.causal and self.causal_block):
+            raise ValueError(
+                "causal_block must not be negative, and 0 where causal is on, got "
+                f"{self.causal_block} with causal={self.causal}"
+            )
+        if self.key_heads < 1 or self.num_heads % self.key_heads:
+            raise ValueError(
+                f"num_kv_heads must divide the {self.num_heads} heads of width / "
+                f"head_dim, got {self.num_kv_heads}"
+            )
         check_choice("attention", self.attention, AttentionKind)
         check_choice("trainable_bias", self.trainable_bias, BiasSharing, optional=True)
         if self.length is not None and self.length < 1:
@@ -181,8 +206,15 @@ class TransformerConfig:
         return self.width // self.head_dim
 
     @property
+    def key_heads(self) -> int:
+        """G, heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
     def mlp_hidden(self) -> int:
         """F, the hidden width of the feed-forward layer."""
+        if self.mlp_width is not None:
+            return self.mlp_width
         return round(self.width * self.mlp_ratio)
 
     def residuals(self) -> Array | None:
@@ -202,7 +234,8 @@ def training_flops_per_token(config: TransformerConfig, length: int) -> int:
     """
     d = config.width
     products = 3 if config.mlp == "swiglu" else 2
-    block = 4 * d * d + products * d * config.mlp_hidden
+    heads = 2 * (config.num_heads + config.key_heads)
+    block = heads * config.head_dim * d + products * d * config.mlp_hidden
     attention = 12 * config.num_layers * d * length
     return (
         6 * config.num_layers * block

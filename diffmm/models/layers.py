@@ -1,6 +1,7 @@
 """Normalisation, rotary embedding, attention and feed-forward layers.
 
-Letters: B rows, L row length, D width, H heads, K head dimension, F hidden width.
+Letters: B rows, L row length, D width, H heads, K head dimension, F hidden width,
+G heads of keys and values.
 Parameters are float32 masters; every layer casts them to the dtype of its input.
 """
 
@@ -16,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from diffmm.models.attention import AttentionStatistics, attention_statistics
 from diffmm.models.config import NormKind
-from diffmm.typing import Array, AttentionFn
+from diffmm.typing import Array, AttentionFn, View
 from diffmm_kernels.sigmoid_attention import OUTPUT_NAME
 
 #: Name under which a checkpoint policy finds the output of any attention function; the
@@ -100,6 +101,24 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def repeat_heads(x: Array, num_heads: int) -> Array:
+    """Gives every head of queries its keys or values.
+
+    Args:
+      x: ``[B, L, G, K]``; head g serves the queries ``g·H/G … (g+1)·H/G − 1``.
+      num_heads: H, a multiple of G.
+
+    Returns:
+      ``[B, L, H, K]``; ``x`` itself if G is H.
+
+    References:
+      Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from
+      Multi-Head Checkpoints", arXiv 2305.13245.
+    """
+    groups = x.shape[2]
+    return x if groups == num_heads else jnp.repeat(x, num_heads // groups, axis=2)
+
+
 class Norm(nnx.Module):
     """Normalisation with learned gain: RMS, or mean and variance with a bias too."""
 
@@ -123,7 +142,8 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention with normalised queries and keys.
 
-    The gains of the QK normalisation are shared over heads.
+    The gains of the QK normalisation are shared over heads. With ``num_kv_heads`` below
+    the number of heads, neighbouring heads of queries share keys and values.
     """
 
     def __init__(
@@ -136,16 +156,28 @@ class Attention(nnx.Module):
         qk_norm: NormKind | None = "rms",
         epsilon: float = _EPSILON,
         trainable_bias: Literal["layer", "head"] | None = None,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
     ) -> None:
-        """Kernels are ``[D, H, K]`` (query, key, value) and ``[H, K, D]`` (output)."""
+        """Kernels ``[D, H, K]``, ``[D, G, K]`` for key and value; ``[H, K, D]`` out."""
         heads = width // head_dim
-        shape = (width, heads, head_dim)
-        self.query = nnx.Param(fan_in_normal(rngs.params(), shape, width))
-        self.key = nnx.Param(fan_in_normal(rngs.params(), shape, width))
-        self.value = nnx.Param(fan_in_normal(rngs.params(), shape, width))
-        self.output = nnx.Param(
-            fan_in_normal(rngs.params(), (heads, head_dim, width), width)
-        )
+        groups = heads if num_kv_heads is None else num_kv_heads
+
+        def kernel(*shape: int) -> nnx.Param:
+            return nnx.Param(fan_in_normal(rngs.params(), shape, width))
+
+        def bias(heads: int) -> nnx.Param | None:
+            if not qkv_bias:
+                return None
+            return nnx.Param(jnp.zeros((heads, head_dim), jnp.float32))
+
+        self.query = kernel(width, heads, head_dim)
+        self.key = kernel(width, groups, head_dim)
+        self.value = kernel(width, groups, head_dim)
+        self.output = kernel(heads, head_dim, width)
+        self.query_bias = bias(heads)
+        self.key_bias = bias(groups)
+        self.value_bias = bias(groups)
         self.query_norm = Norm(head_dim, qk_norm, epsilon) if qk_norm else None
         self.key_norm = Norm(head_dim, qk_norm, epsilon) if qk_norm else None
         # From 0, so that weight decay pulls the bias towards its rule.
@@ -160,46 +192,94 @@ class Attention(nnx.Module):
     def heads(
         self, x: Array, angles: tuple[Array, Array] | None
     ) -> tuple[Array, Array, Array]:
-        """Queries, keys and values ``[B, L, H, K]`` for the attention function."""
-        query_BLHK = linear(x, self.query[...])
-        key_BLHK = linear(x, self.key[...])
+        """Queries ``[B, L, H, K]``, keys and values ``[B, L, G, K]``.
+
+        `repeat_heads` makes keys and values as many as the attention function expects.
+        """
+        query_BLHK = _projection(x, self.query, self.query_bias)
+        key_BLGK = _projection(x, self.key, self.key_bias)
         if self.query_norm is not None:
             query_BLHK = self.query_norm(query_BLHK)
         if self.key_norm is not None:
-            key_BLHK = self.key_norm(key_BLHK)
+            key_BLGK = self.key_norm(key_BLGK)
         if angles is not None:
-            query_BLHK, key_BLHK = rotate(query_BLHK, angles), rotate(key_BLHK, angles)
-        return query_BLHK, key_BLHK, linear(x, self.value[...])
+            query_BLHK, key_BLGK = rotate(query_BLHK, angles), rotate(key_BLGK, angles)
+        return query_BLHK, key_BLGK, _projection(x, self.value, self.value_bias)
 
-    def _options(self, segment_ids: Array | None) -> dict[str, Any]:
+    def _options(self, segment_ids: Array | None, view: View | None) -> dict[str, Any]:
         options: dict[str, Any] = {"segment_ids": segment_ids}
+        if view is not None:
+            options["view"] = view
         if self.bias_offset is not None:
             options["bias_offset"] = self.bias_offset[...]
         return options
+
+    def mix(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        segment_ids: Array | None,
+        view: View | None = None,
+    ) -> Array:
+        """Calls the attention function.
+
+        Args:
+          query: ``[B, L, H, K]``; with a view ``[B, Q, H, K]``.
+          key: ``[B, L, G, K]``; with a view ``[B, S, G, K]``.
+          value: as ``key``.
+          segment_ids: int32 ``[B, L]`` or None.
+          view: what queries see, if it is not the row by its segments.
+
+        Returns:
+          Mixed values, of the shape of ``query``.
+        """
+        num_heads = query.shape[2]
+        mixed = self.attention(
+            query,
+            repeat_heads(key, num_heads),
+            repeat_heads(value, num_heads),
+            **self._options(segment_ids, view),
+        )
+        return checkpoint_name(mixed, MIXED_VALUES)
+
+    def project(self, mixed: Array) -> Array:
+        """Mixed values ``[B, L, H, K]`` to the residual update ``[B, L, D]``."""
+        return linear(mixed, self.output[...], inputs=2)
 
     def __call__(
         self,
         x: Array,
         angles: tuple[Array, Array] | None,
         segment_ids: Array | None,
+        view: View | None = None,
     ) -> Array:
         """``[B, L, D]`` to the residual update; ``angles`` None rotates nothing."""
-        mixed_BLHK = self.attention(
-            *self.heads(x, angles), **self._options(segment_ids)
-        )
-        mixed_BLHK = checkpoint_name(mixed_BLHK, MIXED_VALUES)
-        return linear(mixed_BLHK, self.output[...], inputs=2)
+        return self.project(self.mix(*self.heads(x, angles), segment_ids, view))
 
     def statistics(
         self,
         x: Array,
         angles: tuple[Array, Array] | None,
         segment_ids: Array | None,
+        view: View | None = None,
     ) -> AttentionStatistics:
         """Row mass and norms ``[H]`` of what `__call__` does with its arguments."""
+        query, key, value = self.heads(x, angles)
+        num_heads = query.shape[2]
         return attention_statistics(
-            self.attention, *self.heads(x, angles), **self._options(segment_ids)
+            self.attention,
+            query,
+            repeat_heads(key, num_heads),
+            repeat_heads(value, num_heads),
+            **self._options(segment_ids, view),
         )
+
+
+def _projection(x: Array, kernel: nnx.Param, bias: nnx.Param | None) -> Array:
+    """``[B, L, D]`` to ``[B, L, heads, K]``."""
+    product = linear(x, kernel[...])
+    return product if bias is None else product + bias[...].astype(x.dtype)[None, None]
 
 
 class SwiGLU(nnx.Module):

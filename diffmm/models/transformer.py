@@ -26,7 +26,8 @@ from diffmm.models.layers import (
     fan_in_normal,
     rotary_angles,
 )
-from diffmm.typing import Array, AttentionFn, Params, PredictFn
+from diffmm.models.views import row_places, view_of
+from diffmm.typing import Array, AttentionFn, View
 
 # What the backward pass keeps of a block: results of products with weights, and the
 # mixed values of attention. Norms, rotations, gates and attention weights are cheap to
@@ -69,6 +70,8 @@ class Block(nnx.Module):
             qk_norm=config.qk_norm,
             epsilon=config.norm_epsilon,
             trainable_bias=config.trainable_bias,
+            num_kv_heads=config.num_kv_heads,
+            qkv_bias=config.qkv_bias,
         )
         self.attention_post_norm = norm() if config.hybrid_norm else None
         self.attention_scale = gain()
@@ -84,9 +87,21 @@ class Block(nnx.Module):
         angles: tuple[Array, Array] | None,
         segment_ids: Array | None,
         residuals: Array | None = None,
+        view: View | None = None,
     ) -> Array:
         """``[B, L, D]`` to ``[B, L, D]``; ``residuals [2]`` multiply the branches."""
-        mixed = self.attention(self.attention_norm(x), angles, segment_ids)
+        heads = self.heads(x, angles)
+        return self.finish(x, self.attention.mix(*heads, segment_ids, view), residuals)
+
+    def heads(
+        self, x: Array, angles: tuple[Array, Array] | None
+    ) -> tuple[Array, Array, Array]:
+        """Queries ``[B, L, H, K]``, keys and values ``[B, L, G, K]`` of this block."""
+        return self.attention.heads(self.attention_norm(x), angles)
+
+    def finish(self, x: Array, mixed: Array, residuals: Array | None) -> Array:
+        """All that comes after heads were mixed, ``mixed [B, L, H, K]``."""
+        mixed = self.attention.project(mixed)
         mixed = _end_of_branch(mixed, self.attention_post_norm, self.attention_scale)
         x = x + (mixed if residuals is None else residuals[0] * mixed)
         hidden = self.mlp(self.mlp_norm(x))
@@ -98,9 +113,12 @@ class Block(nnx.Module):
         x: Array,
         angles: tuple[Array, Array] | None,
         segment_ids: Array | None,
+        view: View | None = None,
     ) -> AttentionStatistics:
         """What attention does to the size of values in this block; ``[H]`` each."""
-        return self.attention.statistics(self.attention_norm(x), angles, segment_ids)
+        return self.attention.statistics(
+            self.attention_norm(x), angles, segment_ids, view
+        )
 
 
 def _end_of_branch(x: Array, norm: Norm | None, gain: nnx.Param | None) -> Array:
@@ -168,6 +186,8 @@ class Denoiser(nnx.Module):
             )
         self.blocks = _stacked_blocks(config, attention, rngs.params())
         self.final_norm = Norm(width, config.norm, config.norm_epsilon)
+        if config.tied:
+            return
         # N(0, 1/D²): logits start near 0, hence the loss near log V, at every width.
         shape = (width, config.vocabulary_size)
         std = config.unembedding_std
@@ -176,6 +196,13 @@ class Denoiser(nnx.Module):
             if std is None
             else fan_in_normal(rngs.params(), shape, 1) * std
         )
+
+    @property
+    def output_matrix(self) -> Array:
+        """The unembedding ``[D, V]``; of a tied model its embedding, transposed."""
+        if self.config.tied:
+            return self.embedding[...].T
+        return self.unembedding[...]
 
     def hidden(
         self,
@@ -191,19 +218,30 @@ class Denoiser(nnx.Module):
           segment_ids: int32 ``[B, L]``, 0 = padding; one segment by default.
 
         Returns:
-          ``[B, L, D]``, to be multiplied by ``unembedding [D, V]``.
+          ``[B, L, D]``, to be multiplied by `output_matrix`.
 
         Raises:
           ValueError: rows longer than ``num_positions`` of a model that has them.
         """
+        positions = self._positions(tokens, positions)
+        view = self.row_view(positions, segment_ids)
+        return self.hidden_in_view(tokens, positions, segment_ids, view)
+
+    def hidden_in_view(
+        self,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array | None,
+        view: View | None,
+    ) -> Array:
+        """`hidden` of queries that see each other as a view says; Q = S = L."""
 
         def apply_block(
-            block: Block, x: Array, angles: Any, residuals: Array | None
-        ) -> tuple[Array, None]:
-            return block(x, angles, segment_ids, residuals), None
+            block: Block, x: Array, angles: Any, residuals: Array | None, _: Any
+        ) -> Any:
+            return block(x, angles, segment_ids, residuals, view), None, None
 
-        x, _ = self._run(apply_block, tokens, positions)
-        return self.final_norm(x)
+        return self.final_norm(self.run(apply_block, tokens, positions)[0])
 
     def attention_statistics(
         self,
@@ -216,29 +254,63 @@ class Denoiser(nnx.Module):
         A forward pass of its own, in memory linear in L with sigmoid attention;
         arguments as in `hidden`.
         """
+        positions = self._positions(tokens, positions)
+        view = self.row_view(positions, segment_ids)
 
         def observe_block(
-            block: Block, x: Array, angles: Any, residuals: Array | None
-        ) -> tuple[Array, AttentionStatistics]:
-            statistics = block.attention_statistics(x, angles, segment_ids)
-            return block(x, angles, segment_ids, residuals), statistics
+            block: Block, x: Array, angles: Any, residuals: Array | None, _: Any
+        ) -> Any:
+            statistics = block.attention_statistics(x, angles, segment_ids, view)
+            return block(x, angles, segment_ids, residuals, view), None, statistics
 
-        return self._run(observe_block, tokens, positions)[1]
+        return self.run(observe_block, tokens, positions)[2]
 
-    def _run(
-        self, apply: Callable[..., Any], tokens: Array, positions: Array | None
-    ) -> tuple[Array, Any]:
-        """Embeds, and applies ``apply(block, x, angles, residuals)`` layer by layer."""
-        config = self.config
-        if config.num_positions and tokens.shape[1] > config.num_positions:
+    def check_length(self, length: int) -> None:
+        """Refuses rows that are longer than the learned positions reach."""
+        most = self.config.num_positions
+        if most and length > most:
             raise ValueError(
-                f"tokens: rows of {tokens.shape[1]} given, the model has "
-                f"num_positions={config.num_positions}"
+                f"tokens: rows of {length} given, the model has num_positions={most}"
             )
-        if positions is None:
-            positions = jnp.broadcast_to(
-                jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
-            )
+
+    def _positions(self, tokens: Array, positions: Array | None) -> Array:
+        self.check_length(tokens.shape[1])
+        if positions is not None:
+            return positions
+        return jnp.broadcast_to(
+            jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
+        )
+
+    def row_view(self, positions: Array, segment_ids: Array | None) -> View | None:
+        """What a row sees of itself; None where its segments say it all."""
+        if not self.config.causal_block:
+            return None
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(positions)
+        row = row_places(positions, segment_ids)
+        return view_of(row, row, causal_block=self.config.causal_block)
+
+    def run(
+        self,
+        apply: Callable[..., Any],
+        tokens: Array,
+        positions: Array,
+        memory: Any = None,
+    ) -> tuple[Array, Any, Any]:
+        """Embeds, and goes through the blocks.
+
+        Args:
+          apply: ``(block, x, angles, residuals, memory) -> (x, memory, output)``.
+          tokens: int32 ``[B, Q]``, of any positions of the rows.
+          positions: int32 ``[B, Q]``.
+          memory: a pytree of arrays that is handed from block to block, such as a
+            cache.
+
+        Returns:
+          ``x [B, Q, D]`` before the final norm, the memory after the last block, and
+          the outputs of all blocks, stacked.
+        """
+        config = self.config
         angles = None
         if config.positions == "rope":
             angles = rotary_angles(positions, config.head_dim, config.rope_base)
@@ -248,21 +320,27 @@ class Denoiser(nnx.Module):
         x = x.astype(config.compute_dtype)
         graphdef, stacked = nnx.split(self.blocks)
 
-        def step(x: Array, layer: Any) -> tuple[Array, Any]:
+        def step(carry: Any, layer: Any) -> tuple[Any, Any]:
+            x, memory = carry
             state, residuals = layer
-            return apply(nnx.merge(graphdef, state), x, angles, residuals)
+            block = nnx.merge(graphdef, state)
+            x, memory, output = apply(block, x, angles, residuals, memory)
+            return (x, memory), output
 
         step = jax.checkpoint(
             step, policy=None if config.remat else _save_matrix_products
         )
         layers = (stacked, config.residuals())
+        carry: Any = (x, memory)
         if config.scan:
-            return jax.lax.scan(step, x, layers)
-        outputs = []
+            (x, memory), outputs = jax.lax.scan(step, carry, layers)
+            return x, memory, outputs
+        collected = []
         for index in range(config.num_layers):
-            x, output = step(x, jax.tree.map(lambda leaf, i=index: leaf[i], layers))
-            outputs.append(output)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+            layer = jax.tree.map(lambda leaf, i=index: leaf[i], layers)
+            carry, output = step(carry, layer)
+            collected.append(output)
+        return *carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
 
     def __call__(
         self,
@@ -272,7 +350,7 @@ class Denoiser(nnx.Module):
     ) -> Array:
         """Float32 logits ``[B, L, V]``; arguments as in `hidden`."""
         hidden = self.hidden(tokens, positions, segment_ids)
-        return unembed(hidden, self.unembedding[...])
+        return unembed(hidden, self.output_matrix)
 
 
 def unembed(hidden: Array, unembedding: Array) -> Array:
@@ -283,29 +361,3 @@ def unembed(hidden: Array, unembedding: Array) -> Array:
         unembedding.astype(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
-
-
-def predict_fn(graphdef: Any) -> PredictFn:
-    """The denoiser as samplers see it: logits of the scored positions only.
-
-    Args:
-      graphdef: first result of ``nnx.split(model)`` of a `Denoiser`.
-
-    Returns:
-      A `diffmm.typing.PredictFn` of ``(params, tokens, positions, segment_ids,
-      scored)``; the unembedding is applied to the K scored positions alone.
-    """
-
-    def predict(
-        params: Params,
-        tokens: Array,
-        positions: Array,
-        segment_ids: Array,
-        scored: Array,
-    ) -> Array:
-        model = nnx.merge(graphdef, params)
-        hidden_BLD = model.hidden(tokens, positions, segment_ids)
-        hidden_BKD = jnp.take_along_axis(hidden_BLD, scored[:, :, None], axis=1)
-        return unembed(hidden_BKD, model.unembedding[...])
-
-    return predict

@@ -102,7 +102,8 @@ def evaluate(
     if shadows:
         assert isinstance(predict, ShadowFn)
         own, hidden = predict.shadow_features(params, *_asked(scene), mask_id)
-        length = row_length + scene.scored.shape[1]
+        # A shifted denoiser needs two rows for a shadow.
+        length += scene.scored.shape[1] * (1 + getattr(predict, "shift", 0))
     else:
         own = _features(predict, params, scene)
     if scale is not None:

@@ -321,17 +321,24 @@ def test_two_stage_unmask_count():
     # one-categorical construction of default resolution gives about 643.
     rule = Ancestral(num_steps=1024)
     size = 2**20
-    line = jnp.arange(size)
+    line, everywhere, zero = jnp.arange(size), jnp.ones(size, bool), jnp.int32(0)
     window = Window(
-        masked=jnp.ones(size, bool),
-        valid=jnp.ones(size, bool),
+        masked=everywhere,
+        valid=everywhere,
+        exists=everywhere,
+        remaining=everywhere,
         rank=line,
         positions=line,
-        block=jnp.int32(0),
+        tokens=line,
+        logprob=jnp.zeros(size),
+        block=zero,
         num_blocks=jnp.int32(1),
-        step=jnp.int32(0),
+        start=zero,
+        count=jnp.int32(size),
+        step=zero,
+        turn=zero,
     )
-    steps = jax.jit(rule.enter)(jax.random.key(0), window)
+    steps = jax.jit(rule.enter, static_argnums=2)(jax.random.key(0), window, 2)
     table = np.bincount(np.asarray(steps), minlength=1024)
     assert abs(table[0] - 1024) < 130
     # chi-square over 1024 cells: mean 1023, standard deviation 45.
