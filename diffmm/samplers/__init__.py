@@ -1,22 +1,40 @@
 """Sampling from masked diffusion models: one loop, many small selection rules.
 
-A denoiser is a function (`diffmm.typing.PredictFn`); a request is a
-`diffmm.typing.Canvas`. `sample` runs the loop
+A denoiser is a function (`diffmm.typing.PredictFn`), with a cache and other powers if
+it offers them; a request is a `diffmm.typing.Canvas`. `sample` runs the loop
 
-    evaluate → guide → suppress → score → select → temper → top-k → top-p → draw
+    evaluate → guide → suppress → score → select → temper → filter → draw
 
-until every row is complete. The rules here are `Ancestral` (any schedule, evaluations
-that reveal nothing are skipped), `FirstHitting` (exact, one token per evaluation) and
-`FixedQuota` (MaskGIT, LLaDA, Dream: the best-scored positions). A rule of your own is a
-frozen dataclass with three methods; see `diffmm.samplers.rule`.
+until every row is complete. Rules, by what they need to know:
+
+| rules | commit |
+|---|---|
+| `Ancestral`, `DreamOrigin`, `StochasticQuota`, `FirstHitting` | by a schedule |
+| `FixedQuota` (MaskGIT, LLaDA, Dream, PC-Sampler) | best-scored, so many a step |
+| `Threshold`, `Factor`, `Frechet`, `EntropyBounded`, `KLASS` | as many as are sure |
+| `Hierarchy`, `Credit` | the same, by runs of masks or steady arg-maxes |
+| `ReMDM`, `WINO`, `JointThreshold` | and take commits back, or rewrite them |
+
+`diffmm.policies.PolicyRule` is a learned one. A rule of your own derives from `Rule`;
+see `diffmm.samplers.rule`. `sample_stream` refills finished rows, and
+`sample_speculatively` decodes greedily with several guesses per call.
 
 References:
   Sahoo et al., arXiv 2406.07524; Shi et al., arXiv 2406.04329; Zheng et al., arXiv
   2409.02908 (first hitting, exact draws); Chang et al., arXiv 2202.04200; Nie et al.,
-  arXiv 2502.09992; Ho and Salimans, arXiv 2207.12598.
+  arXiv 2502.09992; Ho and Salimans, arXiv 2207.12598; and those of each module.
 """
 
 from diffmm.samplers.adapters import shifted as shifted
+from diffmm.samplers.adaptive import EntropyBounded as EntropyBounded
+from diffmm.samplers.adaptive import Factor as Factor
+from diffmm.samplers.adaptive import Frechet as Frechet
+from diffmm.samplers.adaptive import Threshold as Threshold
+from diffmm.samplers.adaptive import entropy_bounded_set as entropy_bounded_set
+from diffmm.samplers.adaptive import factor_set as factor_set
+from diffmm.samplers.adaptive import frechet_set as frechet_set
+from diffmm.samplers.adaptive import threshold_set as threshold_set
+from diffmm.samplers.block_ends import AdaptiveEnds as AdaptiveEnds
 from diffmm.samplers.caches import CacheStrategy as CacheStrategy
 from diffmm.samplers.caches import CacheView as CacheView
 from diffmm.samplers.caches import Delayed as Delayed
@@ -27,6 +45,9 @@ from diffmm.samplers.canvas import canvas_from_prompts as canvas_from_prompts
 from diffmm.samplers.categorical import categorical as categorical
 from diffmm.samplers.categorical import draw as draw
 from diffmm.samplers.categorical import filter_logits as filter_logits
+from diffmm.samplers.dinfer import Credit as Credit
+from diffmm.samplers.dinfer import Hierarchy as Hierarchy
+from diffmm.samplers.dinfer import hierarchy_set as hierarchy_set
 from diffmm.samplers.filters import FILL as FILL
 from diffmm.samplers.filters import min_p as min_p
 from diffmm.samplers.filters import suppress as suppress
@@ -39,6 +60,9 @@ from diffmm.samplers.guidance import Interval as Interval
 from diffmm.samplers.guidance import LinearRamp as LinearRamp
 from diffmm.samplers.guidance import combine as combine
 from diffmm.samplers.guidance import hide_condition as hide_condition
+from diffmm.samplers.klass import KLASS as KLASS
+from diffmm.samplers.klass import kl_divergence as kl_divergence
+from diffmm.samplers.klass import klass_set as klass_set
 from diffmm.samplers.loop import generate as generate
 from diffmm.samplers.loop import resume as resume
 from diffmm.samplers.quota import RemainingFn as RemainingFn
@@ -46,6 +70,15 @@ from diffmm.samplers.quota import quota_table as quota_table
 from diffmm.samplers.quota import remaining_cosine as remaining_cosine
 from diffmm.samplers.quota import remaining_even as remaining_even
 from diffmm.samplers.quota import remaining_linear as remaining_linear
+from diffmm.samplers.registry import RULES as RULES
+from diffmm.samplers.registry import rule_from_name as rule_from_name
+from diffmm.samplers.remasking import WINO as WINO
+from diffmm.samplers.remasking import JointThreshold as JointThreshold
+from diffmm.samplers.remasking import edit_set as edit_set
+from diffmm.samplers.remasking import wino_sets as wino_sets
+from diffmm.samplers.remdm import ReMDM as ReMDM
+from diffmm.samplers.remdm import largest_sigma as largest_sigma
+from diffmm.samplers.remdm import unmask_probability as unmask_probability
 from diffmm.samplers.rule import Advance as Advance
 from diffmm.samplers.rule import BlockEnds as BlockEnds
 from diffmm.samplers.rule import Prediction as Prediction
@@ -72,6 +105,7 @@ from diffmm.samplers.scores import Drawn as Drawn
 from diffmm.samplers.scores import Margin as Margin
 from diffmm.samplers.scores import MaxProb as MaxProb
 from diffmm.samplers.scores import NegativeEntropy as NegativeEntropy
+from diffmm.samplers.scores import PCScore as PCScore
 from diffmm.samplers.scores import Position as Position
 from diffmm.samplers.scores import Random as Random
 from diffmm.samplers.scores import Score as Score
@@ -92,6 +126,8 @@ from diffmm.samplers.state import State as State
 from diffmm.samplers.state import Trace as Trace
 from diffmm.samplers.statistics import Statistics as Statistics
 from diffmm.samplers.statistics import logit_statistics as logit_statistics
+from diffmm.samplers.stochastic import DreamOrigin as DreamOrigin
+from diffmm.samplers.stochastic import StochasticQuota as StochasticQuota
 from diffmm.samplers.turns import Plan as Plan
 from diffmm.samplers.turns import defaults_for as defaults_for
 from diffmm.samplers.turns import sample_in_turn as sample_in_turn

@@ -180,9 +180,9 @@ def _turn(
     law = Law(evaluated.features, evaluated.other, scale, modality, barred)
     read = Reader(reader_of(predict, params), problem.allowed, spec.stop_id)
     _check_logits(jax.eval_shape(read.logits, law.features), (*modality.shape, size))
-    logits = None
+    logits, memory = None, advance.aux
     if rule.needs_logits:
-        logits = jax.vmap(rule.adjust)(window, read(law), aux)
+        logits, memory = jax.vmap(rule.adjust)(window, read(law), memory)
         law = Law(logits, None, None, modality, barred)
         read, given = read._replace(logits=lambda logits: logits), True
     statistics = map_positions(
@@ -227,7 +227,7 @@ def _turn(
         prediction = prediction._replace(
             drawn=drawn.tokens, drawn_prob=jnp.exp(drawn.logprob)
         )
-    selection = jax.vmap(rule.select)(score_keys, window, prediction, advance.aux)
+    selection = jax.vmap(rule.select)(score_keys, window, prediction, memory)
     commit = selection.commit & live
     if rule.guarded:
         commit = jax.vmap(ensure_progress)(commit, selection.score, live)

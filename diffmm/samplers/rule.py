@@ -173,9 +173,12 @@ class Rule:
         t = jnp.sum(window.masked.astype(jnp.float32)) / valid
         return Advance(window.step, t, t, jnp.bool_(False), aux)
 
-    def adjust(self, window: Window, logits: Array, aux: Any) -> Array:
-        """Changes the laws ``[K, V]`` themselves; only with ``needs_logits``."""
-        return logits
+    def adjust(self, window: Window, logits: Array, aux: Any) -> tuple[Array, Any]:
+        """Changes the laws ``[K, V]`` themselves, and the memory; `select` sees both.
+
+        Asked only with ``needs_logits``.
+        """
+        return logits, aux
 
     def select(
         self, key: Array, window: Window, prediction: Prediction, aux: Any

@@ -37,6 +37,9 @@ from diffmm.samplers.validate import (
 from diffmm.typing import Array, ArrayLike, Canvas, Modality, Params, PredictFn
 from diffmm.version import __version__
 
+# Arrays with more numbers are described by their shape alone.
+_LARGE = 64
+
 
 class SampleResult(NamedTuple):
     """Completed rows.
@@ -393,6 +396,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
     if isinstance(value, np.ndarray | np.generic | jax.Array):
+        if value.size > _LARGE:
+            return f"{value.dtype} {value.shape}"
         return np.asarray(value).tolist()
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -422,8 +427,24 @@ def _with_arrays(tree: Any) -> Any:
     """Python numbers as arrays, so that no number changes a compiled signature."""
 
     def convert(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array):
+            return leaf
         leaf = np.asarray(leaf)
         kind = np.int32 if np.issubdtype(leaf.dtype, np.integer) else np.float32
         return leaf.astype(kind)
 
-    return jax.tree.map(convert, tree)
+    return jax.tree.map(convert, _with_floats(tree))
+
+
+def _with_floats(rule: Any) -> Any:
+    """Integers in fields that are declared ``float`` become floats."""
+    if not dataclasses.is_dataclass(rule) or isinstance(rule, type):
+        return rule
+    whole = {
+        field.name: float(value)
+        for field in dataclasses.fields(rule)
+        if isinstance(value := getattr(rule, field.name), int)
+        and not isinstance(value, bool)
+        and "float" in str(field.type)
+    }
+    return dataclasses.replace(rule, **whole) if whole else rule
