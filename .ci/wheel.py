@@ -10,7 +10,7 @@ PIP = ("-m", "pip", "install", "--quiet", "--no-deps")
 CHECK = """
 import sys
 import diffmm, diffmm.data, diffmm.diffusion, diffmm.models, diffmm.samplers
-import diffmm.optim, diffmm.parameterisation, diffmm.training
+import diffmm.optim, diffmm.parameterisation, diffmm.policies, diffmm.training
 import importlib.resources
 import diffmm_kernels.sigmoid_attention as kernels
 tables = importlib.resources.files(kernels) / "tables"

@@ -7,10 +7,11 @@ itself loads nothing heavy and starts no accelerator.
 |---|---|
 | ``diffmm.data`` | vocabulary, tokenizers, row layout, packing, mixtures, sources |
 | ``diffmm.diffusion`` | schedules, masking, losses, likelihood bounds |
-| ``diffmm.models`` | layers, the bidirectional denoiser, presets, FSQ autoencoder |
+| ``diffmm.models`` | layers, denoiser, caches, presets, importers, FSQ autoencoder |
 | ``diffmm.optim`` | per-leaf AdamW, batch and duration rule, averages of weights |
 | ``diffmm.parameterisation`` | Complete^(d)P and others, per-module factors, checks |
-| ``diffmm.samplers`` | one generation loop, selection rules, guidance, filters |
+| ``diffmm.policies`` | learned unmasking: network, rewards, GRPO, imitation |
+| ``diffmm.samplers`` | one loop, selection rules, guidance, filters, caches |
 | ``diffmm.training`` | train state and step over a mesh, checkpoints, metrics |
 """
 

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "models": set(),
     "optim": set(),
     "parameterisation": set(),
+    "policies": {"samplers"},
     "samplers": {"diffusion"},
     "training": set(),
     "typing": set(),
@@ -28,7 +29,7 @@ HEAVY = ("tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "librosa"
 # Third-party packages that only the named rooms may import at module level.
 RESERVED = {
     "flax": {"models"},
-    "optax": {"optim", "training"},
+    "optax": {"optim", "policies", "training"},
     "orbax": {"training"},
     "grain": {"data", "training"},
 }
@@ -91,6 +92,7 @@ def test_third_party_packages_stay_in_their_rooms():
         ("import diffmm.data", ("flax", *HEAVY)),
         ("import diffmm.parameterisation", ("flax", "optax", "orbax", "grain", *HEAVY)),
         ("import diffmm.optim", ("flax", "orbax", "grain", *HEAVY)),
+        ("import diffmm.policies", ("flax", "orbax", "grain", *HEAVY)),
         ("import diffmm.models, diffmm.training", HEAVY),
     ],
 )
