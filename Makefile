@@ -53,6 +53,7 @@ benchmarks: $(VENV)/test.stamp
 	@$(RUN) benchmarks/train_step.py
 	@$(RUN) benchmarks/data_pipeline.py
 	@$(RUN) benchmarks/optimizer.py
+	@$(RUN) benchmarks/samplers.py
 	@$(RUN) benchmarks/sigmoid_cpu.py
 
 clean:
