@@ -130,6 +130,7 @@ def test_same_loss_and_gradients(problem, reference, mesh, table, micro_batches)
     check_same(run(problem, mesh, table, micro_batches), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "table"),
     [({"data": 4}, FULLY_SHARDED), ({"data": 2, "model": 2}, TENSOR_PARALLEL)],

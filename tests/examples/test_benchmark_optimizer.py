@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import optax
 import optimizer
+import pytest
 
 
+@pytest.mark.slow
 def test_sides_are_the_same_optimiser_and_the_result_is_written(tmp_path):
     config = optimizer.Config(
         workdir=str(tmp_path),

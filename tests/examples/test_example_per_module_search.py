@@ -105,6 +105,7 @@ def test_a_training_behind_the_incumbent_ends(trainer):
     assert (stopped, len(short)) == (float("inf"), len(curve) // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_search_stops_goes_on_and_reports(
     example, config, trainers, tmp_path, capsys, monkeypatch

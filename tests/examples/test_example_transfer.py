@@ -48,6 +48,7 @@ def test_sweep_resumes_and_reports(tmp_path, capsys):
     assert (tmp_path / "trials.json").read_text() == trials
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_batches_share_one_plan(tmp_path, capsys):
     example = pytest.importorskip("batch_invariance")

@@ -152,6 +152,7 @@ def many(name, dtype="bfloat16"):
     return draw((2, t, s, 4, 2, 24, 40, keywords), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in MANY_TILES],
@@ -261,6 +262,7 @@ def test_visible_tiles_are_visited_once_and_no_other(arguments, axis):
         assert len({tile for tile, _, _ in entries[length:]}) == 1
 
 
+@pytest.mark.slow
 def test_a_causal_grid_has_the_steps_of_its_triangle():
     """Counted in the interpreter: nothing is spent on invisible tiles."""
     steps = []

@@ -93,6 +93,7 @@ def test_widths_change_alike():
     check_widths(SMALL_WIDTHS)
 
 
+@pytest.mark.slow
 def test_depths_change_alike_and_branches_are_lazy_below_one():
     check_depths(SMALL_DEPTHS)
 

@@ -128,6 +128,7 @@ def assert_tree_close(left, right, **tolerance):
     )
 
 
+@pytest.mark.slow
 def test_the_first_gradient_is_that_of_reinforce():
     """−mean over rows of A · mean over steps of ∇log π, whatever ε and chunks."""
     from diffmm.policies import log_prob, replay, steps_of
@@ -169,6 +170,7 @@ def test_updates_follow_the_definition_of_the_loss(changes):
     assert_tree_close(step, grads, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_experts_that_are_none_change_nothing():
     batch = experience()
     objective = dataclasses.replace(GROUPS, num_experts=1, num_updates=1)

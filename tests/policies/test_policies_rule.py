@@ -114,6 +114,7 @@ def test_only_mask_confidence_and_time_matter():
     assert (np.asarray(one.tokens) != np.asarray(two.tokens)).any()
 
 
+@pytest.mark.slow
 def test_block_context_sees_the_block_alone():
     config = dataclasses.replace(TINY, full_context=False)
     rule = rule_of(config=config)
@@ -137,6 +138,7 @@ def test_block_context_sees_the_block_alone():
         steps_of(recorded.trace, config)
 
 
+@pytest.mark.slow
 def test_more_than_one_probability_per_position():
     config = dataclasses.replace(TINY, num_inputs=3)
     rule = rule_of("bernoulli-argmax", config)
@@ -145,6 +147,7 @@ def test_more_than_one_probability_per_position():
     assert not np.asarray(result.still_masked).any()
 
 
+@pytest.mark.slow
 def test_a_sweep_compiles_once():
     traces = [0]
 

@@ -63,8 +63,17 @@ def test_reward_rises_above_every_baseline_in_24_updates():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_learns_what_no_threshold_can(seed):
-    """Accuracy 1 in two forwards; the quickest heuristic with accuracy 1 takes 13."""
-    result = train(seed, 400)
+    """Accuracy 1 in two forwards; the quickest heuristic with accuracy 1 takes 13.
+
+    96 prompts in a batch and forced progress: else noise hides for long that positions
+    of a group differ in place, and some seeds do not see it in 400 updates.
+    """
+    training = dataclasses.replace(
+        TRAINING,
+        recipe=dataclasses.replace(TRAINING.recipe, learning_rate=2e-3),
+        objective=Objective(mode="bernoulli-argmax"),
+    )
+    result = train(seed, 120, training, rows=96)
     for temperature in (1.0, 0.5):
         rule = PolicyRule(
             params=result.best, config=SMALL, policy_temperature=temperature
@@ -105,6 +114,7 @@ QUICK = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_keeps_the_best_and_everything_that_happened(tmp_path):
     seen = []
     result = train(1, 3, QUICK, TINY, rows=2, directory=tmp_path, on_batch=seen.append)
@@ -166,6 +176,7 @@ def test_refuses_bad_rewards_and_no_prompts():
         train(0, 1, QUICK, dataclasses.replace(TINY, full_context=False))
 
 
+@pytest.mark.slow
 def test_imitates_a_threshold():
     """On the toy, c ≥ 0.6 is a step function of what the policy sees."""
     expert = Threshold(threshold=0.6)
@@ -188,6 +199,7 @@ def test_imitates_a_threshold():
     assert abs(imitated[1] - own[1]) < 1.5
 
 
+@pytest.mark.slow
 def test_other_laws_train_too():
     training = dataclasses.replace(
         TRAINING, objective=Objective(group_size=2, mode="dpls", chunk=32)

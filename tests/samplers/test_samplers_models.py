@@ -91,6 +91,7 @@ def test_the_cache_of_a_block_causal_denoiser_is_exact(shift):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cache", "shift"),
     [

@@ -180,6 +180,7 @@ def test_conf_masks_again_what_was_unsure():
     assert not share[4:].any()
 
 
+@pytest.mark.slow
 def test_lazy_steps_are_those_without_events():
     eager = ReMDM(
         num_steps=np.int32(40), variant="cap", eta=np.float32(0.1), lazy=False
@@ -381,6 +382,7 @@ def test_edits():
     assert not np.any(edits)
 
 
+@pytest.mark.slow
 def test_joint_threshold_in_the_loop():
     canvas = rules.ragged_canvas()
     generated = np.asarray(canvas.generate).sum(axis=1)

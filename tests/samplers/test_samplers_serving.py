@@ -170,7 +170,14 @@ def test_streams_refuse_bad_numbers():
             list(sample_stream(predict, PARAMS, [request], mask_id=MASK, **options))
 
 
-@pytest.mark.parametrize("score", [MaxProb(), NegativeEntropy(), Position()])
+@pytest.mark.parametrize(
+    "score",
+    [
+        NegativeEntropy(),
+        pytest.param(MaxProb(), marks=pytest.mark.slow),
+        pytest.param(Position(), marks=pytest.mark.slow),
+    ],
+)
 def test_speculation_is_lossless(score):
     canvas = canvas_of(12, 8, 4, 12)
     plain = run(canvas, FixedQuota(num_steps=36, score=score), block_length=4)
