@@ -1,6 +1,7 @@
 """Strict numerics for every test: four host devices, no silent promotion."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation: LLVM need not optimise what runs once.
@@ -21,6 +22,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True, scope="session")
 def _parsed_absl_flags():
     flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_memory_maps():
+    """Forgets compiled programs before there are too many.
+
+    Each maps memory, and Linux gives a process 65,530 maps: then the compiler crashes.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):

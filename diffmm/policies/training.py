@@ -149,6 +149,11 @@ def train_policy(
     """
     config = PolicyConfig() if config is None else config
     training = Training() if training is None else training
+    if config.num_inputs != 1:
+        raise ValueError(
+            f"num_inputs must be 1 in training: a trace keeps the largest probability "
+            f"of each position alone, got {config.num_inputs}"
+        )
     objective = training.objective
     if objective.num_experts:
         if not config.full_context:

@@ -172,6 +172,8 @@ def test_refuses_bad_rewards_and_no_prompts():
             )  # fmt: skip
     with pytest.raises(ValueError, match="prompts"):
         train(0, 0, QUICK, TINY)
+    with pytest.raises(ValueError, match=r"num_inputs.*2"):
+        train(0, 1, config=dataclasses.replace(TINY, num_inputs=2))
     with pytest.raises(ValueError, match="num_experts"):
         train(0, 1, QUICK, dataclasses.replace(TINY, full_context=False))
 
